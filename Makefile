@@ -1,0 +1,55 @@
+# make train   train the tiny model to its end on a CPU (about five minutes) and write its report
+# make test    lint, layering and the test suite
+# make bench   ours, peer and ratio of every benchmark
+#
+# Each needs Python 3.11 or newer and nothing else: the environment is made in .venv on first use.
+# PYTHON=python3.12 chooses the interpreter, WORKDIR=... the run's folder, ARGS=... extra arguments.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/tiny
+ARGS ?=
+TEST_PROCESSES ?= 2
+
+BIN := $(VENV)/bin
+MADE := $(VENV)/.created
+BASE := $(VENV)/.installed
+FULL := $(VENV)/.installed-test
+
+.DEFAULT_GOAL := help
+.PHONY: help train test bench lint clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# Stamps: each is written last, so that an interrupted installation is repeated.
+$(MADE):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(BASE): $(MADE) setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(FULL): $(MADE) setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $(BASE) $@
+
+train: $(BASE)
+	$(BIN)/dsv3 train --config=experiments/tiny.py --workdir=$(WORKDIR) $(ARGS)
+
+lint: $(FULL)
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(ARGS)
+
+bench: $(FULL)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,10 @@
+"""Test session set-up: CPU, split into 8 virtual devices, before anything imports jax."""
+
+import os
+
+# The flag is read when the backend starts, and xdist's workers inherit it through this same file.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network
