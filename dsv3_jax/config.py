@@ -1,0 +1,524 @@
+"""Configuration: frozen dataclasses, validated on construction, one default each.
+
+`Model` fixes the parameter tree, so a checkpoint depends on it and on nothing else here. `Runtime`
+says how that model is computed (dtypes, implementations, remat, mesh) and never changes a
+parameter's name or shape. `Optim`, `Loss`, `Data` and `Train` describe one training run.
+
+Flow: `experiments/x.py:get_config()` returns a `Config`; the command line turns it into a locked
+ConfigDict (`to_dict`), applies `--config.key=value` overrides and comes back through `from_dict`,
+which rejects unknown keys and wrong types before any array exists. This file imports the standard
+library only.
+
+Fractions: schedule milestones (`lr_constant_until`, ...) are fractions of `train.tokens`, so that a
+run shortened tenfold keeps the shape of its schedules. The defaults are the report's milestones
+(section 4.2: 10T, 14.3T, 14.633T of 14.8T tokens).
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+REPORT_TOKENS = 14.8e12  # pre-training tokens of the report; milestones below are shares of it
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run; the message names the key, its value and the fix."""
+
+
+def _require(ok: bool, message: str) -> None:
+  if not ok:
+    raise ConfigError(message)
+
+
+def _positive(section: str, obj: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(obj, name)
+    _require(value > 0, f"{section}.{name}={value} must be positive")
+
+
+def _not_negative(section: str, obj: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(obj, name)
+    _require(value >= 0, f"{section}.{name}={value} must not be negative")
+
+
+def _one_of(section: str, obj: Any, name: str, allowed: tuple[str, ...]) -> None:
+  value = getattr(obj, name)
+  if value not in allowed:
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{section}.{name}={value!r} must be one of {', '.join(allowed)}{hint}")
+
+
+def _share(section: str, obj: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(obj, name)
+    _require(0 <= value <= 1, f"{section}.{name}={value} must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+  """YaRN context extension (report 4.3); `factor=1` switches it off."""
+
+  factor: float = 1.0  # s: the context grows from original_length to factor * original_length
+  original_length: int = 4096
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  mscale: float = 1.0
+  mscale_all_dim: float = 1.0
+
+  def __post_init__(self):
+    _require(self.factor >= 1, f"model.attention.yarn.factor={self.factor} must be at least 1")
+    _positive("model.attention.yarn", self, "original_length", "beta_fast", "beta_slow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """Multi-head latent attention (report 2.1.1). Letters: H, Q, C, N, R, U."""
+
+  heads: int = 8
+  q_rank: int = 128  # Q; 0 projects queries directly from the model width
+  kv_rank: int = 64  # C
+  nope_dim: int = 32  # N, per head
+  rope_dim: int = 16  # R, per head for queries, shared by the heads for the key
+  v_dim: int = 32  # U, per head
+  rope_theta: float = 10_000.0
+  yarn: Yarn = Yarn()
+
+  def __post_init__(self):
+    _positive("model.attention", self, "heads", "kv_rank", "nope_dim", "rope_dim", "v_dim",
+              "rope_theta")
+    _not_negative("model.attention", self, "q_rank")
+    _require(self.rope_dim % 2 == 0, f"model.attention.rope_dim={self.rope_dim} must be even")
+
+  @property
+  def qk_dim(self) -> int:
+    """K = N + R, the width of a query or key head."""
+    return self.nope_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class MoE:
+  """DeepSeekMoE feed-forward (report 2.1.2). Letters: E, A, G, F."""
+
+  experts: int = 16  # E, routed
+  active: int = 4  # A, routed experts a token
+  shared: int = 1
+  ffn_dim: int = 128  # F of one expert
+  groups: int = 4  # G; one group is the experts of one node
+  active_groups: int = 2  # M of the report: a token visits at most this many groups
+  group_top: int = 2  # a group's score sums its this many largest biased affinities (A / M)
+  gate: str = "sigmoid"  # affinity: sigmoid, or softmax as in V2
+  normalize: bool = True  # gates divided by the sum over the selected experts
+  scale: float = 2.5  # routed scaling factor, on the gates
+
+  def __post_init__(self):
+    s = "model.moe"
+    _positive(s, self, "experts", "active", "ffn_dim", "groups", "active_groups", "group_top")
+    _not_negative(s, self, "shared")
+    _one_of(s, self, "gate", ("sigmoid", "softmax"))
+    _require(self.experts % self.groups == 0,
+             f"{s}.groups={self.groups} must divide {s}.experts={self.experts}")
+    _require(self.active_groups <= self.groups,
+             f"{s}.active_groups={self.active_groups} exceeds {s}.groups={self.groups}")
+    per_group = self.experts // self.groups
+    _require(self.active <= self.active_groups * per_group,
+             f"{s}.active={self.active} exceeds what {self.active_groups} groups of {per_group} "
+             f"experts hold; lower it to {self.active_groups * per_group} or raise "
+             f"{s}.active_groups")
+    _require(self.groups == self.active_groups or self.group_top <= per_group,
+             f"{s}.group_top={self.group_top} exceeds the {per_group} experts of a group")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Everything that fixes the parameter tree. Letters: V, D, L."""
+
+  vocab_size: int = 8192  # V
+  dim: int = 256  # D
+  layers: int = 4
+  dense_layers: int = 1  # the first layers carry a dense feed-forward instead of the MoE
+  dense_ffn_dim: int = 768
+  attention: Attention = Attention()
+  moe: MoE = MoE()
+  mtp_depth: int = 1  # multi-token prediction modules (report 2.2)
+  mtp_input: str = "normed"  # h^0 fed to MTP: after ("normed") or before ("raw") the final norm
+  norm_eps: float = 1e-6
+  init_std: float = 0.006
+
+  def __post_init__(self):
+    s = "model"
+    _positive(s, self, "vocab_size", "dim", "layers", "dense_ffn_dim", "norm_eps", "init_std")
+    _not_negative(s, self, "dense_layers", "mtp_depth")
+    _one_of(s, self, "mtp_input", ("normed", "raw"))
+    _require(self.dense_layers <= self.layers,
+             f"{s}.dense_layers={self.dense_layers} exceeds {s}.layers={self.layers}")
+
+  @property
+  def moe_layers(self) -> int:
+    return self.layers - self.dense_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Device mesh: devices along each axis; the product must not exceed the devices present."""
+
+  data: int = 1
+
+  def __post_init__(self):
+    _positive("runtime.mesh", self, "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+  """How the model is computed; free to change between runs of one checkpoint."""
+
+  compute_dtype: str = "float32"
+  remat: str = "none"  # see dsv3_jax/model/remat.py
+  attention: str = "auto"  # dsv3_jax.ops.attention implementation
+  attention_block: int = 512  # query and key rows of one tile of the blockwise form
+  gemm: str = "auto"  # dsv3_jax.ops.grouped_gemm implementation
+  layer_unroll: int = 1  # layers unrolled per iteration of the scan; 0 unrolls all
+  head_chunk: int = 1024  # tokens whose logits exist at once in the loss
+  mesh: Mesh = Mesh()
+
+  def __post_init__(self):
+    s = "runtime"
+    _one_of(s, self, "compute_dtype", ("float32", "bfloat16"))
+    _one_of(s, self, "remat", ("none", "report", "layer"))
+    _one_of(s, self, "attention", ("auto", "xla", "cudnn", "reference"))
+    _one_of(s, self, "gemm", ("auto", "xla", "ragged_dot", "reference"))
+    _positive(s, self, "attention_block", "head_chunk")
+    _not_negative(s, self, "layer_unroll")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """AdamW and its schedule (report 4.2); milestones are shares of train.tokens."""
+
+  lr: float = 2.2e-4
+  warmup_steps: int = 2000
+  lr_constant_until: float = 10e12 / REPORT_TOKENS
+  lr_cosine_until: float = 14.3e12 / REPORT_TOKENS
+  lr_final: float = 2.2e-5  # end of the cosine
+  lr_last_from: float = 14.633e12 / REPORT_TOKENS
+  lr_last: float = 7.3e-6
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  decay_vectors: bool = False  # also decay norm gains (the report does not say)
+  clip_norm: float = 1.0  # 0 switches clipping off
+  mu_dtype: str = "float32"
+  nu_dtype: str = "float32"
+  ema_decay: float = 0.0  # 0 switches the host-side EMA of the parameters off
+  ema_every: int = 1  # steps between EMA updates; the decay is applied per step all the same
+
+  def __post_init__(self):
+    s = "optim"
+    _not_negative(s, self, "lr", "lr_final", "lr_last", "warmup_steps", "weight_decay",
+                  "clip_norm")
+    _positive(s, self, "eps", "ema_every")
+    _share(s, self, "lr_constant_until", "lr_cosine_until", "lr_last_from")
+    _require(self.lr_constant_until <= self.lr_cosine_until <= self.lr_last_from,
+             f"{s}: lr_constant_until={self.lr_constant_until}, lr_cosine_until="
+             f"{self.lr_cosine_until}, lr_last_from={self.lr_last_from} must not decrease")
+    for name in ("beta1", "beta2", "ema_decay"):
+      value = getattr(self, name)
+      _require(0 <= value < 1, f"{s}.{name}={value} must lie in [0, 1)")
+    for name in ("mu_dtype", "nu_dtype"):
+      _one_of(s, self, name, ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """Loss weights and the bias-based balancing (report 2.1.2, 2.2, 4.2)."""
+
+  mtp_weight: float = 0.3
+  mtp_weight_late: float = 0.1
+  mtp_late_from: float = 10e12 / REPORT_TOKENS
+  sequence_balance: float = 1e-4  # alpha of eq. 17
+  batch_balance: float = 0.0  # the same form with f and P over the whole micro-batch (4.5.3)
+  expert_balance: float = 0.0  # V2's expert-level loss: counts of the experts really selected
+  bias_speed: float = 1e-3  # gamma; 0 switches the bias update off
+  bias_until: float = 14.3e12 / REPORT_TOKENS
+
+  def __post_init__(self):
+    s = "loss"
+    _not_negative(s, self, "mtp_weight", "mtp_weight_late", "sequence_balance", "batch_balance",
+                  "expert_balance", "bias_speed")
+    _share(s, self, "mtp_late_from", "bias_until")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Corpus, tokenizer, packing and batches (report 4.1)."""
+
+  sources: tuple[str, ...] = ("stdlib",)  # stdlib | glob, file or folder | hf:NAME | shards:DIR
+  weights: tuple[float, ...] = ()  # one a source, or empty for sampling in proportion to size
+  text_key: str = "text"  # field of JSONL, Parquet and Hugging Face records
+  tokenizer: str = ""  # a tokenizer.json; empty trains one on the sources
+  sequence_length: int = 256  # T
+  batch_size: int = 8  # sequences an optimizer step, all micro-batches and devices together
+  batch_start: int = 0  # sequences a step at the beginning; 0: batch_size from the start
+  batch_ramp_until: float = 469e9 / REPORT_TOKENS
+  batch_ramp_stages: int = 5
+  microbatch: int = 0  # sequences a micro-batch, all devices together; 0: no accumulation
+  isolate: bool = False  # documents packed into one sequence cannot see each other
+  fim_rate: float = 0.1
+  split_rate: float = 0.1  # share of combined punctuation+newline tokens split (not disclosed)
+  validation_fraction: float = 0.05  # of documents, by hash
+  max_document_bytes: int = 64 * 2**20
+  workers: int = 1  # background processes; 0 reads in the training process
+  prefetch: int = 4  # batches
+  seed: int = 0
+
+  def __post_init__(self):
+    s = "data"
+    _require(len(self.sources) > 0, f"{s}.sources is empty; name at least one source")
+    _require(len(self.weights) in (0, len(self.sources)),
+             f"{s}.weights has {len(self.weights)} entries for {len(self.sources)} sources")
+    _require(all(w > 0 for w in self.weights), f"{s}.weights={self.weights} must be positive")
+    _positive(s, self, "batch_size", "batch_ramp_stages", "max_document_bytes")
+    _not_negative(s, self, "batch_start", "microbatch", "workers", "prefetch")
+    _require(self.sequence_length >= 8,
+             f"{s}.sequence_length={self.sequence_length} is too short; use at least 8")
+    _share(s, self, "fim_rate", "split_rate", "validation_fraction", "batch_ramp_until")
+    micro = self.microbatch or self.batch_size
+    for name in ("batch_size", "batch_start"):
+      value = getattr(self, name)
+      _require(value % micro == 0, f"{s}.{name}={value} is not a multiple of "
+               f"{s}.microbatch={micro}")
+    _require(self.batch_start <= self.batch_size,
+             f"{s}.batch_start={self.batch_start} exceeds {s}.batch_size={self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """One run: length, seeds, and how often it evaluates, logs and saves (in optimizer steps)."""
+
+  tokens: float = 2e6  # training tokens of the whole run
+  seed: int = 0
+  log_every: int = 1
+  eval_every: int = 200
+  eval_batches: int = 8
+  checkpoint_every: int = 200
+  keep_last: int = 2
+  keep_best: int = 1  # by validation loss
+  max_bad_steps: int = 5  # skipped NaN/inf steps in a row before the run stops
+  profile_from: int = 0  # first step of a jax.profiler capture; 0: none
+  profile_steps: int = 3
+  sample_tokens: int = 96  # length of the completions in the report; 0: none
+
+  def __post_init__(self):
+    s = "train"
+    _positive(s, self, "tokens", "log_every", "checkpoint_every", "max_bad_steps", "keep_last",
+              "eval_batches", "profile_steps")
+    _not_negative(s, self, "eval_every", "keep_best", "profile_from", "sample_tokens", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run. Cross-section checks live here."""
+
+  model: Model = Model()
+  runtime: Runtime = Runtime()
+  optim: Optim = Optim()
+  loss: Loss = Loss()
+  data: Data = Data()
+  train: Train = Train()
+
+  def __post_init__(self):
+    micro = self.data.microbatch or self.data.batch_size
+    _require(micro % self.runtime.mesh.data == 0,
+             f"runtime.mesh.data={self.runtime.mesh.data} must divide the micro-batch of {micro} "
+             "sequences (data.microbatch, or data.batch_size where that is 0)")
+    _require(self.model.mtp_depth + 2 <= self.data.sequence_length,
+             f"data.sequence_length={self.data.sequence_length} is too short for "
+             f"model.mtp_depth={self.model.mtp_depth}; use at least {self.model.mtp_depth + 2}")
+    yarn = self.model.attention.yarn
+    longest = int(yarn.factor * yarn.original_length)
+    _require(yarn.factor == 1 or self.data.sequence_length <= longest,
+             f"data.sequence_length={self.data.sequence_length} exceeds the {longest} positions "
+             "of model.attention.yarn (factor * original_length)")
+
+
+# --- dictionaries -------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A dataclass as nested plain dictionaries; tuples stay tuples. Inverse of `from_dict`."""
+  return dataclasses.asdict(config)
+
+
+def to_json(config: Any) -> str:
+  """The config as JSON text with sorted keys: equal configs give equal text."""
+  return json.dumps(to_dict(config), indent=2, sort_keys=True)
+
+
+def _type_name(hint: Any) -> str:
+  return getattr(hint, "__name__", str(hint)) if not typing.get_origin(hint) else str(hint)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+  """`value` as the type `hint`, or a ConfigError that names `key`."""
+  if dataclasses.is_dataclass(hint):
+    return from_dict(value, hint, key)
+  wrong = ConfigError(f"{key}={value!r} has type {type(value).__name__}; "
+                      f"{_type_name(hint)} is expected")
+  if typing.get_origin(hint) is tuple:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+      raise wrong
+    element = typing.get_args(hint)[0]
+    return tuple(_convert(element, v, f"{key}[{i}]") for i, v in enumerate(value))
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if hint is int and isinstance(value, float) and value.is_integer():
+    return int(value)
+  if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
+    raise wrong
+  if hint is float and value != value:
+    raise ConfigError(f"{key} is NaN")
+  return value
+
+
+def field_type(path: str, cls: type = Config) -> Any:
+  """The type of the field at a dotted path such as "optim.lr".
+
+  Raises:
+    ConfigError: there is no such field; the nearest one, of this section or of any, is named.
+  """
+  hint, section = cls, ""
+  for name in path.split("."):
+    if not dataclasses.is_dataclass(hint):
+      raise ConfigError(f"unknown config key {path!r}; {section!r} is a value, not a section")
+    hints = typing.get_type_hints(hint)
+    if name not in hints:
+      raise ConfigError(f"unknown config key {path!r}; {_nearest(name, section, hints, cls)}")
+    hint, section = hints[name], f"{section}.{name}" if section else name
+  return hint
+
+
+def _nearest(name: str, section: str, hints: dict[str, Any], cls: type) -> str:
+  """What to write instead of a `name` that `section` lacks: 'did you mean ...'."""
+  prefix = f"{section}." if section else ""
+  near = difflib.get_close_matches(name, hints, n=1, cutoff=0.6)
+  if near:
+    return f"did you mean {prefix + near[0]!r}?"
+  leaves = {path.rpartition(".")[2]: path for path in reversed(_leaves(cls))}
+  near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.8)
+  if near:
+    return f"did you mean {leaves[near[0]]!r}?"
+  return f"valid keys{f' of {section}' if section else ''}: {', '.join(hints)}"
+
+
+def _leaves(cls: type, prefix: str = "") -> list[str]:
+  """Dotted paths of all values below `cls`, in their order."""
+  paths = []
+  for name, hint in typing.get_type_hints(cls).items():
+    below = _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []
+    paths += below or [prefix + name]
+  return paths
+
+
+def from_dict(values: Any, cls: type = Config, key: str = "") -> Any:
+  """Nested mappings to nested frozen dataclasses, checked.
+
+  Args:
+    values: a mapping (dict, ConfigDict), or an instance of `cls`, which is returned as it is.
+      Missing keys take their defaults.
+    cls: the dataclass to build.
+    key: path of this section, for messages.
+
+  Raises:
+    ConfigError: an unknown key (the nearest valid one is named), a wrong type, or a combination
+      that cannot run.
+  """
+  if isinstance(values, cls):
+    return values
+  if not hasattr(values, "items"):
+    raise ConfigError(f"{key or 'config'}={values!r} must be a mapping with keys "
+                      f"{', '.join(f.name for f in dataclasses.fields(cls))}")
+  hints = typing.get_type_hints(cls)
+  kwargs = {}
+  for name, value in values.items():
+    path = f"{key}.{name}" if key else str(name)
+    if name not in hints:
+      hint = _nearest(str(name), key, hints, Config if key else cls)
+      raise ConfigError(f"unknown config key {path!r}; {hint}")
+    kwargs[name] = _convert(hints[name], value, path)
+  return cls(**kwargs)
+
+
+def from_json(text: str, cls: type = Config) -> Any:
+  """Inverse of `to_json`."""
+  return from_dict(json.loads(text), cls)
+
+
+def replace(config: Any, **changes: Any) -> Any:
+  """`dataclasses.replace` that also reaches into sections with dotted keys.
+
+  Example: `replace(config, **{"model.moe.experts": 64, "train.tokens": 1e6})`. All changes are
+  made together, so that only their combination has to be valid.
+  """
+  values = to_dict(config)
+  for path, value in changes.items():
+    field_type(path, type(config))
+    *parents, last = path.split(".")
+    node = values
+    for parent in parents:
+      node = node[parent]
+    node[last] = to_dict(value) if dataclasses.is_dataclass(value) else value
+  return from_dict(values, type(config))
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+
+def _presets() -> dict[str, Model]:
+  wide = dict(kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128)
+  return {
+      # A laptop's model: every mechanism on, about 10 million parameters.
+      "tiny": Model(),
+      # Test beds of the auxiliary-loss-free balancing paper (arXiv 2408.15664, table 1). It gives
+      # d_ff / d_expert but not d_ff; with d_ff = 8/3 * dim the totals come out at its 1B and 3B.
+      "balance_1b": Model(
+          vocab_size=32064, dim=1024, layers=9, dense_layers=0, dense_ffn_dim=2736,
+          attention=Attention(heads=8, q_rank=0, **wide),
+          moe=MoE(experts=64, active=6, shared=2, ffn_dim=512, groups=1, active_groups=1,
+                  scale=1.0),
+          mtp_depth=0),
+      "balance_3b": Model(
+          vocab_size=32064, dim=1280, layers=11, dense_layers=0, dense_ffn_dim=3456,
+          attention=Attention(heads=10, q_rank=0, **wide),
+          moe=MoE(experts=64, active=6, shared=2, ffn_dim=896, groups=1, active_groups=1,
+                  scale=1.0),
+          mtp_depth=0),
+      # DeepSeek-V2-Lite's shape with V3's gate: the report's small ablation model (15.7B / 2.4B).
+      "moe_16b": Model(
+          vocab_size=102400, dim=2048, layers=27, dense_layers=1, dense_ffn_dim=10944,
+          attention=Attention(heads=16, q_rank=0, **wide),
+          moe=MoE(experts=64, active=6, shared=2, ffn_dim=1408, groups=1, active_groups=1,
+                  scale=1.0),
+          mtp_depth=0),
+      "v3_671b": Model(
+          vocab_size=129280, dim=7168, layers=61, dense_layers=3, dense_ffn_dim=18432,
+          attention=Attention(heads=128, q_rank=1536, **wide),
+          moe=MoE(experts=256, active=8, shared=1, ffn_dim=2048, groups=8, active_groups=4),
+          mtp_depth=1),
+  }
+
+
+PRESETS: types.MappingProxyType[str, Model] = types.MappingProxyType(_presets())
+
+
+def preset(name: str) -> Model:
+  """A named model shape; ConfigError names the nearest where there is none such."""
+  if name not in PRESETS:
+    near = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"presets: {', '.join(PRESETS)}"
+    raise ConfigError(f"no preset {name!r}; {hint}")
+  return PRESETS[name]
