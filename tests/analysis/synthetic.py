@@ -1,0 +1,62 @@
+"""A made-up workdir with every file that a finished run leaves behind."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from dsv3_jax import config as config_lib
+
+
+def write(workdir: Path, steps: int = 700, eval_every: int = 100, layers: int = 4,
+          experts: int = 16, finished: bool = True, samples: list | None = None) -> Path:
+  """Fills `workdir` with config.json, metrics.jsonl and summary.json of a plausible run."""
+  rng = np.random.default_rng(0)
+  workdir.mkdir(parents=True, exist_ok=True)
+  tokens_a_step = 2048
+  model = config_lib.replace(config_lib.Model(), **{"layers": layers, "moe.experts": experts})
+  config = config_lib.Config(
+      model=model, train=config_lib.Train(tokens=steps * tokens_a_step * (1 if finished else 2)))
+  (workdir / "config.json").write_text(config_lib.to_json(config))
+  lines, rows = [], layers - 1 + 1
+  for step in range(1, steps + 1):
+    tokens = step * tokens_a_step
+    loss = 3.1 + 5.9 * math.exp(-step / 60) + 0.12 * rng.standard_normal()
+    vio = np.maximum(0.08, 2.5 * np.exp(-step / (90 + 30 * np.arange(rows)))
+                     + 0.1 * rng.standard_normal(rows))
+    lines.append({
+        "kind": "train", "step": step, "tokens": tokens, "loss": loss,
+        "mtp_loss": [loss + 0.7], "balance": 1.01, "accuracy": 0.45 - 0.4 * math.exp(-step / 90),
+        "lr": 1.5e-3 * min(1, step / 50) * (0.1 + 0.9 * max(0, 1 - step / steps)),
+        "bias_speed": 0.01 if step < 0.96 * steps else 0.0,
+        "mtp_weight": 0.3 if step < 0.67 * steps else 0.1,
+        "grad_norm": 0.6 + 5 * math.exp(-step / 20) + 0.1 * abs(rng.standard_normal()),
+        "max_vio": vio.max(), "max_vio_L": vio.tolist(), "batch_size": 8, "bad_steps": 0,
+        "time": {"tokens_per_s": 5000 + 150 * rng.standard_normal(), "step_s": 0.4,
+                 "mfu": 0.61, "elapsed_s": 0.41 * step}})
+    if eval_every and step % eval_every == 0:
+      lines.append({"kind": "eval", "step": step, "tokens": tokens, "loss": loss + 0.1,
+                    "mtp_loss": [loss + 0.85], "bits_per_byte": (loss + 0.1) / math.log(2) / 2.9,
+                    "max_vio": vio.max()})
+      load_LE = np.exp(0.25 * rng.standard_normal((rows, experts)))
+      load_LE /= load_LE.mean(axis=1, keepdims=True)
+      lines.append({"kind": "load", "step": step, "tokens": tokens, "load_LE": load_LE.tolist()})
+  (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  if finished:
+    default_samples = [
+        {"kind": "completion", "prompt": "def read(path):\n  with open(path) as file:\n    ",
+         "suffix": "", "text": "return file.read()\n\n\nclass <b>Reader</b>:\n  pass\n",
+         "reference": "return file.read()\n"},
+        {"kind": "infill", "prompt": "for i in range(", "text": "len(values)",
+         "suffix": "):\n  total += values[i]\n", "reference": "len(values)"}]
+    summary = {
+        "config_hash": "3f1c9a2b77de", "commit": "0123456789abcdef",
+        "versions": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8"},
+        "device": "2 CPU cores (cpu)", "parameters": 10_630_000,
+        "activated_parameters": 7_200_000, "wall_s": 0.41 * steps, "final": {"loss": 3.1},
+        "command": "dsv3 train --config=experiments/tiny.py --workdir=runs/tiny",
+        "baselines": {"unigram": 4.9, "gzip -9": 2.13, "xz": 1.92},
+        "samples": default_samples if samples is None else samples}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+  return workdir
