@@ -1,3 +1,3 @@
-"""DeepSeek-V3 in JAX; see README.md for a map from the technical report's sections to files."""
+"""DeepSeek-V3, the whole system, in JAX. Start with README.md."""
 
 __version__ = "0.1.0"

@@ -85,12 +85,13 @@ class Attention:
   nope_dim: int = 32  # N, per head
   rope_dim: int = 16  # R, per head for queries, shared by the heads for the key
   v_dim: int = 32  # U, per head
+  latent_norm_eps: float = 1e-6  # of the norms on the two latents; released code fixes it
   rope_theta: float = 10_000.0
   yarn: Yarn = Yarn()
 
   def __post_init__(self):
     _positive("model.attention", self, "heads", "kv_rank", "nope_dim", "rope_dim", "v_dim",
-              "rope_theta")
+              "rope_theta", "latent_norm_eps")
     _not_negative("model.attention", self, "q_rank")
     _require(self.rope_dim % 2 == 0, f"model.attention.rope_dim={self.rope_dim} must be even")
 

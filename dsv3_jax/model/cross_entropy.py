@@ -1,0 +1,87 @@
+"""Cross-entropy of a linear head without keeping the logits.
+
+The loss is a sum, so its gradient is known as soon as the softmax is: the forward pass under
+differentiation also forms the gradients of one chunk of tokens while its logits exist, and the
+backward pass only multiplies by the incoming scalar. No logit is stored or computed twice, and the
+memory is `chunk * V` whatever the number of tokens.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import vma
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+  """[P, ...] as [chunks, chunk, ...], zero-padded."""
+  pad = -x.shape[0] % chunk
+  x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
+  return x.reshape(-1, chunk, *x.shape[1:])
+
+
+def _chunk_loss(h_cD, w_DV, target_c, weight_c):
+  """Loss and correct predictions of a chunk, and d loss / d logits [c, V] fp32."""
+  logits_cV = jnp.dot(h_cD, w_DV, preferred_element_type=jnp.float32)
+  top_c = logits_cV.max(-1)
+  exp_cV = jnp.exp(logits_cV - top_c[:, None])
+  sum_c = exp_cV.sum(-1)
+  picked_c = jnp.take_along_axis(logits_cV, target_c[:, None], axis=1)[:, 0]
+  loss = jnp.sum(weight_c * (top_c + jnp.log(sum_c) - picked_c))
+  correct = jnp.sum(weight_c * (picked_c >= top_c))
+  is_target = jnp.arange(w_DV.shape[1], dtype=jnp.int32) == target_c[:, None]
+  dlogits_cV = exp_cV * (weight_c / sum_c)[:, None] - jnp.where(is_target, weight_c[:, None], 0)
+  return loss, correct, dlogits_cV
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def linear_cross_entropy(h_PD: jax.Array, w_DV: jax.Array, target_P: jax.Array,
+                         weight_P: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+  """Weighted sum of `-log softmax(h w)[target]`, and of correct top-1 predictions.
+
+  Args:
+    h_PD: representations.
+    w_DV: head, in the dtype of `h_PD`.
+    target_P: int32 in [0, V).
+    weight_P: fp32; 0 leaves a token out. Not differentiated.
+    chunk: tokens whose logits exist at once.
+
+  Returns:
+    Two fp32 scalars; only the first has a gradient.
+  """
+  def body(carry, x):
+    loss, correct, _ = _chunk_loss(x[0], w_DV, x[1], x[2])
+    return (carry[0] + loss, carry[1] + correct), None
+
+  parts = tuple(_split(x, min(chunk, h_PD.shape[0])) for x in (h_PD, target_P, weight_P))
+  zero = vma.zeros((), jnp.float32, h_PD, w_DV, target_P, weight_P)
+  return jax.lax.scan(body, (zero, zero), parts)[0]
+
+
+def _fwd(h_PD, w_DV, target_P, weight_P, chunk):
+  def body(carry, x):
+    loss, correct, dw_DV = carry
+    h_cD, target_c, weight_c = x
+    loss_c, correct_c, dlogits_cV = _chunk_loss(h_cD, w_DV, target_c, weight_c)
+    dlogits_cV = dlogits_cV.astype(h_cD.dtype)
+    dh_cD = jnp.einsum("cv,dv->cd", dlogits_cV, w_DV)
+    dw = jnp.einsum("cd,cv->dv", h_cD, dlogits_cV, preferred_element_type=jnp.float32)
+    return (loss + loss_c, correct + correct_c, dw_DV + dw), dh_cD
+
+  parts = tuple(_split(x, min(chunk, h_PD.shape[0])) for x in (h_PD, target_P, weight_P))
+  like = (h_PD, w_DV, target_P, weight_P)
+  start = (vma.zeros((), jnp.float32, *like), vma.zeros((), jnp.float32, *like),
+           vma.zeros(w_DV.shape, jnp.float32, *like))
+  (loss, correct, dw_DV), dh = jax.lax.scan(body, start, parts)
+  dh_PD = dh.reshape(-1, h_PD.shape[1])[:h_PD.shape[0]]
+  return (loss, correct), (dh_PD, dw_DV.astype(w_DV.dtype))
+
+
+def _bwd(chunk, residuals, cotangents):
+  dh_PD, dw_DV = residuals
+  g = cotangents[0]
+  return dh_PD * g.astype(dh_PD.dtype), dw_DV * g.astype(dw_DV.dtype), None, None
+
+
+linear_cross_entropy.defvjp(_fwd, _bwd)

@@ -1,0 +1,59 @@
+"""Small pieces every block uses: initialisation, RMSNorm, the SwiGLU feed-forward.
+
+All modules here are containers of named parameters; what they compute is a pure function of the
+parameters and the call's arguments. Weights are kept in the dtype given at construction (fp32
+masters) and cast to the activations' dtype where they are used.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype) -> nnx.Param:
+  """A weight drawn from N(0, std^2) (report 4.2: std 0.006 for all learnable parameters)."""
+  return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype))
+
+
+def ones_param(size: int, dtype) -> nnx.Param:
+  """A norm gain."""
+  return nnx.Param(jnp.ones((size,), dtype))
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+  """RMSNorm over the last axis: `x / sqrt(mean(x^2) + eps) * gain`.
+
+  Args:
+    x: [..., n]; statistics are taken in fp32 whatever the dtype.
+    gain: [n].
+    eps: added to the mean square.
+
+  Returns:
+    [..., n] in the dtype of `x`.
+  """
+  x32 = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+  return (x32 * inverse).astype(x.dtype) * gain.astype(x.dtype)
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """`silu(gate) * up`, elementwise; both [..., F]."""
+  return jax.nn.silu(gate) * up
+
+
+class DenseFFN(nnx.Module):
+  """SwiGLU feed-forward `w_down(silu(w_gate x) * (w_up x))`, no biases."""
+
+  def __init__(self, dim: int, ffn_dim: int, std: float, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    self.w_gate_DF = normal_param(rngs, (dim, ffn_dim), std, dtype)
+    self.w_up_DF = normal_param(rngs, (dim, ffn_dim), std, dtype)
+    self.w_down_FD = normal_param(rngs, (ffn_dim, dim), std, dtype)
+
+  def __call__(self, x_PD: jax.Array) -> jax.Array:
+    """[P, D] to [P, D]."""
+    dtype = x_PD.dtype
+    with jax.named_scope("dense_ffn"):
+      gate_PF = checkpoint_name(x_PD @ self.w_gate_DF[...].astype(dtype), "ffn_gate")
+      up_PF = checkpoint_name(x_PD @ self.w_up_DF[...].astype(dtype), "ffn_up")
+      return swiglu(gate_PF, up_PF) @ self.w_down_FD[...].astype(dtype)

@@ -1,0 +1,109 @@
+"""The training objective: main loss, MTP losses and balance losses (report eq. 17, 24, 25).
+
+    total = L_main + (lambda / D) * sum_k L_MTP^k + sum over MoE layers of the balance losses
+
+Every token-wise loss is divided by one number, the main targets of the whole global batch. So the
+totals of micro-batches and shards add up to the batch's loss, and L_MTP^k is divided by T although
+it has T - k terms, as eq. 24 says.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config
+from dsv3_jax.model import cross_entropy
+from dsv3_jax.model.transformer import Transformer, shift
+
+
+def targets(batch: dict[str, jax.Array], depth: int) -> tuple[jax.Array, jax.Array]:
+  """Target and weight of each position at prediction depth `depth` (0: the next token).
+
+  Position i predicts token i + depth + 1. Its weight is 0 where that token does not exist, is
+  masked, is padding or lies in another segment than token i.
+
+  Args:
+    batch: "tokens" int32 [B, T + 1], optionally "segments" int32 and "mask" of the same shape.
+    depth: 0 for the main model, k for MTP depth k.
+
+  Returns:
+    int32 [B, T] and fp32 [B, T].
+  """
+  tokens_BS = batch["tokens"]
+  T, ahead = tokens_BS.shape[1] - 1, depth + 1
+  exists_T = jnp.arange(T) + ahead <= T
+  weight_BT = jnp.broadcast_to(exists_T, (tokens_BS.shape[0], T)).astype(jnp.float32)
+  if "mask" in batch:
+    weight_BT *= shift(batch["mask"], ahead)[:, :T].astype(jnp.float32)
+  if "segments" in batch:
+    segments_BS = batch["segments"]
+    same = shift(segments_BS, ahead)[:, :T] == segments_BS[:, :T]
+    weight_BT *= same & (segments_BS[:, :T] >= 0)
+  return shift(tokens_BS, ahead)[:, :T], weight_BT
+
+
+def target_tokens(batch: dict[str, jax.Array]) -> jax.Array:
+  """Number of main targets in a batch, fp32 scalar: the denominator of `loss_fn`."""
+  return targets(batch, 0)[1].sum()
+
+
+def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Loss,
+            mtp_weight: jax.Array | float, runtime: config.Runtime,
+            denominator: jax.Array | float, share: jax.Array | float = 1.0,
+            axes: tuple[str, ...] = ()) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """This micro-batch's part of the batch's loss.
+
+  Args:
+    model: differentiate with respect to its `nnx.Param` variables.
+    batch: see `targets`.
+    loss: weights of the balance losses.
+    mtp_weight: lambda.
+    runtime: dtypes and implementations.
+    denominator: main targets of the global batch.
+    share: this micro-batch's share of the global batch's sequences.
+    axes: mesh axes that shard the batch.
+
+  Returns:
+    fp32 scalar, and additive fp32 metrics: loss_sum, mtp_loss_sum [K], tokens, mtp_tokens [K],
+    correct, balance (sequence-wise, unweighted, times share), counts_LE.
+  """
+  K = model.cfg.mtp_depth
+  tokens_BS = batch["tokens"]
+  T = tokens_BS.shape[1] - 1
+  segments_BT = batch["segments"][:, :T] if "segments" in batch else None
+  valid_BT = jnp.ones((tokens_BS.shape[0], T), jnp.float32)
+  if segments_BT is not None:
+    valid_BT = (segments_BT >= 0).astype(jnp.float32)
+  predicted = [targets(batch, k) for k in range(K + 1)]
+  # Statistics of an MTP depth count the positions whose target exists, masked or not.
+  unmasked = {name: x for name, x in batch.items() if name != "mask"}
+  mtp_valid = [targets(unmasked, k)[1] for k in range(1, K + 1)]
+
+  hidden = model.hidden(
+      model.embed(tokens_BS, runtime), length=T, segments_BT=segments_BT, valid_BT=valid_BT,
+      mtp_valid_KBT=jnp.stack(mtp_valid) if K else None, balance=loss, axes=axes, runtime=runtime)
+  head_DV = model.head_DV[...].astype(hidden.h_BTD.dtype)
+  sums, corrects = [], []
+  for h_BTD, (target_BT, weight_BT) in zip((hidden.h_BTD, *hidden.mtp), predicted, strict=True):
+    with jax.named_scope("head_loss"):
+      nll, correct = cross_entropy.linear_cross_entropy(
+          h_BTD.reshape(-1, h_BTD.shape[-1]), head_DV, target_BT.reshape(-1),
+          weight_BT.reshape(-1), runtime.head_chunk)
+    sums.append(nll)
+    corrects.append(correct)
+
+  total = sums[0] / denominator
+  if K:
+    total += mtp_weight / K * sum(sums[1:]) / denominator
+  balance = jnp.zeros(())
+  if hidden.stats is not None:
+    s = hidden.stats
+    balance = s.sequence_balance.sum() * share
+    total += loss.sequence_balance * balance
+    total += loss.batch_balance * s.batch_balance.sum() * share
+    total += loss.expert_balance * s.expert_balance.sum() * share
+  counts_LE = hidden.stats.counts_E if hidden.stats is not None else jnp.zeros((0, 0))
+  return total, jax.lax.stop_gradient({
+      "loss_sum": sums[0], "mtp_loss_sum": jnp.stack(sums[1:]) if K else jnp.zeros((0,)),
+      "tokens": predicted[0][1].sum(),
+      "mtp_tokens": jnp.stack([w.sum() for _, w in predicted[1:]]) if K else jnp.zeros((0,)),
+      "correct": corrects[0], "balance": balance, "counts_LE": counts_LE})

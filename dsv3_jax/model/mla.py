@@ -1,0 +1,100 @@
+"""Multi-head latent attention (report 2.1.1, eq. 1-11), expanded form for training.
+
+Keys and values of a token are up-projections of one latent of C numbers, and the position enters
+through R further numbers that all heads share. At inference only those Z = C + R numbers a token
+are cached. The letters, for one token:
+
+    c_Q  = RMSNorm(x w_dq)                 Q    query latent (absent when q_rank is 0)
+    q    = c_Q w_uq                        H K  a head's K = N + R: N without position, R rotated
+    z    = x w_dkv                         Z    = C + R
+    c_KV = RMSNorm(z[:C])                  C    key-value latent: what a cache keeps, with
+    k_R  = RoPE(z[C:])                     R    the shared rotated key
+    kv   = c_KV w_ukv                      H W  a head's W = N + U: key without position, value
+    o    = softmax(scale q [k; k_R]) v     H U
+    y    = o w_o                           D
+
+Two details are not in the equations. The latents are RMS-normalised before their up-projections,
+the shared key k_R is not. And the weights are fused as checkpoints store them (w_dkv holds W_DKV
+and W_KR, w_ukv holds W_UK and W_UV a head, w_uq holds W_UQ and W_QR a head), which makes larger
+matmuls and keeps FP8 blocks whole.
+
+The absorbed form that decoding uses reads the same parameters: fold w_ukv[:, h, :N] into the query
+and attention runs against (c_KV, k_R) itself.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax import config, ops
+from dsv3_jax.model import layers, rope
+
+
+class MLA(nnx.Module):
+  """Attention parameters and the expanded computation."""
+
+  def __init__(self, cfg: config.Model, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    a, D, std = cfg.attention, cfg.dim, cfg.init_std
+    H, Q, C, K = a.heads, a.q_rank, a.kv_rank, a.qk_dim
+    self.cfg = a
+    if Q:
+      self.w_dq_DQ = layers.normal_param(rngs, (D, Q), std, dtype)
+      self.q_norm_Q = layers.ones_param(Q, dtype)
+      self.w_uq_QHK = layers.normal_param(rngs, (Q, H, K), std, dtype)
+    else:
+      self.w_q_DHK = layers.normal_param(rngs, (D, H, K), std, dtype)
+    self.w_dkv_DZ = layers.normal_param(rngs, (D, C + a.rope_dim), std, dtype)
+    self.kv_norm_C = layers.ones_param(C, dtype)
+    self.w_ukv_CHW = layers.normal_param(rngs, (C, H, a.nope_dim + a.v_dim), std, dtype)
+    self.w_o_HUD = layers.normal_param(rngs, (H, a.v_dim, D), std, dtype)
+
+  def queries(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Queries [B, T, H, K], the last R of each head rotated."""
+    dtype, N = x_BTD.dtype, self.cfg.nope_dim
+    if self.cfg.q_rank:
+      latent_BTQ = checkpoint_name(x_BTD @ self.w_dq_DQ[...].astype(dtype), "q_latent")
+      latent_BTQ = layers.rms_norm(latent_BTQ, self.q_norm_Q[...], self.cfg.latent_norm_eps)
+      q_BTHK = jnp.einsum("btq,qhk->bthk", latent_BTQ, self.w_uq_QHK[...].astype(dtype))
+    else:
+      q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.w_q_DHK[...].astype(dtype))
+    rotated = rope.apply_rope(q_BTHK[..., N:], cos, sin)
+    return jnp.concatenate([q_BTHK[..., :N], rotated], axis=-1)
+
+  def latents(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array
+              ) -> tuple[jax.Array, jax.Array]:
+    """Normalised latent [B, T, C] and rotated shared key [B, T, R]: all that a cache stores."""
+    C = self.cfg.kv_rank
+    z_BTZ = checkpoint_name(x_BTD @ self.w_dkv_DZ[...].astype(x_BTD.dtype), "kv_latent")
+    c_BTC = layers.rms_norm(z_BTZ[..., :C], self.kv_norm_C[...], self.cfg.latent_norm_eps)
+    return c_BTC, rope.apply_rope(z_BTZ[..., C:], cos, sin)
+
+  def expand(self, c_BTC: jax.Array, k_rope_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys [B, T, H, K] and values [B, T, H, U] of every head."""
+    N = self.cfg.nope_dim
+    kv_BTHW = jnp.einsum("btc,chw->bthw", c_BTC, self.w_ukv_CHW[...].astype(c_BTC.dtype))
+    shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None],
+                                   (*kv_BTHW.shape[:3], k_rope_BTR.shape[-1]))
+    return jnp.concatenate([kv_BTHW[..., :N], shared_BTHR], axis=-1), kv_BTHW[..., N:]
+
+  def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array,
+               segments_BT: jax.Array | None, runtime: config.Runtime) -> jax.Array:
+    """Causal self-attention.
+
+    Args:
+      x_BTD: normalised block input.
+      cos, sin: [B, T, R/2] from `rope.rope_table`.
+      segments_BT: int32; tokens see only their own segment. None: plain causal.
+      runtime: chooses the attention implementation.
+
+    Returns:
+      [B, T, D].
+    """
+    with jax.named_scope("mla_project"):
+      q_BTHK = self.queries(x_BTD, cos, sin)
+      k_BTHK, v_BTHU = self.expand(*self.latents(x_BTD, cos, sin))
+    o_BTHU = ops.attention(
+        q_BTHK, k_BTHK, v_BTHU, scale=rope.softmax_scale(self.cfg), segments_BT=segments_BT,
+        impl=runtime.attention, block=runtime.attention_block)
+    with jax.named_scope("mla_output"):
+      return jnp.einsum("bthu,hud->btd", o_BTHU, self.w_o_HUD[...].astype(x_BTD.dtype))

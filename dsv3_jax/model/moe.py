@@ -1,0 +1,180 @@
+"""DeepSeekMoE feed-forward, dropless (report 2.1.2): plan, gather, experts, sum.
+
+P tokens each go to A of E experts. `plan` sorts the P*A (token, choice) pairs by expert and pads
+each expert to whole blocks of rows, in which form a grouped matmul sees one expert a block. Every
+token keeps all its experts however uneven the load; the capacity M = P*A + E*(block - 1), rounded
+up, is what the worst case needs.
+
+Moving rows is two linear maps, each the transpose of the other, so that both directions are gathers
+and no scatter-add runs in the backward pass:
+
+    spread   x_PD -> x_MD   row m copies its token (or is zero)
+    collect  y_MD -> y_PD   a token sums its A rows
+
+The gate multiplies the hidden activations before the down-projection, where rows are F wide instead
+of D; the sum in `collect` is then unweighted.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax import config, ops
+from dsv3_jax.model import layers, routing
+
+
+class Plan(NamedTuple):
+  """Where every (token, choice) pair stands among M rows sorted by expert."""
+
+  pair_M: jax.Array  # int32, token * A + choice; P * A marks padding
+  row_PA: jax.Array  # int32, inverse of pair_M
+  group_m: jax.Array  # int32 [blocks], expert of each block
+  used: jax.Array  # int32, blocks that hold rows
+
+
+class MoEStats(NamedTuple):
+  """Statistics of one layer's routing, fp32."""
+
+  counts_E: jax.Array  # valid tokens routed to each expert
+  sequence_balance: jax.Array  # unweighted losses, averaged over sequences; 0 where not asked for
+  batch_balance: jax.Array
+  expert_balance: jax.Array
+
+
+class MoECall(NamedTuple):
+  """What a forward pass tells every MoE layer (static but for `valid_BT`)."""
+
+  valid_BT: jax.Array | None = None  # fp32 0/1: tokens that count in statistics
+  balance: config.Loss | None = None  # losses with a positive weight are computed
+  axes: tuple[str, ...] = ()  # mesh axes that shard the batch
+  gemm: str = "auto"
+
+
+def block_rows(pairs: int, experts: int) -> int:
+  """Rows of a block: about half an expert's mean share, a power of two from 8 to 256.
+
+  Larger blocks make better matmuls, smaller ones waste fewer padded rows.
+  """
+  share = max(pairs // (2 * experts), 1)
+  return int(np.clip(2 ** int(np.log2(share)), 8, 256))
+
+
+def plan(expert_PA: jax.Array, experts: int, block: int) -> Plan:
+  """Sorts pairs by expert (stably) into blocks of `block` rows; see the module docstring."""
+  pairs = expert_PA.size
+  blocks = pairs // block + min(experts, pairs)
+  expert_flat = expert_PA.reshape(-1)
+  order = jnp.argsort(expert_flat, stable=True).astype(jnp.int32)
+  counts_E = jnp.zeros((experts,), jnp.int32).at[expert_flat].add(1)
+  blocks_E = -(-counts_E // block)
+  end_block_E = jnp.cumsum(blocks_E)
+  first_row_E = (end_block_E - blocks_E) * block
+  first_pair_E = jnp.cumsum(counts_E) - counts_E
+  sorted_expert = expert_flat[order]
+  row_sorted = (jnp.arange(pairs, dtype=jnp.int32) + (first_row_E - first_pair_E)[sorted_expert])
+  row_flat = jnp.zeros((pairs,), jnp.int32).at[order].set(row_sorted, unique_indices=True)
+  pair_M = jnp.full((blocks * block,), pairs, jnp.int32).at[row_sorted].set(
+      order, unique_indices=True)
+  group_m = jnp.searchsorted(end_block_E, jnp.arange(blocks), side="right")
+  group_m = jnp.minimum(group_m, experts - 1).astype(jnp.int32)
+  return Plan(pair_M, row_flat.reshape(expert_PA.shape), group_m, end_block_E[-1])
+
+
+def _spread(x_PD, pair_M, active):
+  return jnp.take(x_PD, pair_M // active, axis=0, mode="fill", fill_value=0)
+
+
+def _collect(y_MD, row_PA):
+  return jnp.take(y_MD, row_PA, axis=0).astype(jnp.float32).sum(1).astype(y_MD.dtype)
+
+
+@jax.custom_vjp
+def spread(x_PD: jax.Array, p: Plan) -> jax.Array:
+  """Copies each token to its A rows: [P, D] to [M, D], padding rows zero."""
+  return _spread(x_PD, p.pair_M, p.row_PA.shape[1])
+
+
+@jax.custom_vjp
+def collect(y_MD: jax.Array, p: Plan) -> jax.Array:
+  """Sums each token's A rows: [M, D] to [P, D], in fp32."""
+  return _collect(y_MD, p.row_PA)
+
+
+spread.defvjp(lambda x_PD, p: (spread(x_PD, p), p),
+              lambda p, dx_MD: (_collect(dx_MD, p.row_PA), None))
+collect.defvjp(lambda y_MD, p: (collect(y_MD, p), p),
+               lambda p, dy_PD: (_spread(dy_PD, p.pair_M, p.row_PA.shape[1]), None))
+
+
+class MoELayer(nnx.Module):
+  """Router, routed experts and shared experts."""
+
+  def __init__(self, cfg: config.Model, *, rngs: nnx.Rngs, dtype=jnp.float32):
+    m, D, std = cfg.moe, cfg.dim, cfg.init_std
+    E, F = m.experts, m.ffn_dim
+    self.cfg = m
+    self.w_router_DE = layers.normal_param(rngs, (D, E), std, dtype)
+    self.bias_E = routing.RouterBias(jnp.zeros((E,), jnp.float32))
+    self.w_gate_EDF = layers.normal_param(rngs, (E, D, F), std, dtype)
+    self.w_up_EDF = layers.normal_param(rngs, (E, D, F), std, dtype)
+    self.w_down_EFD = layers.normal_param(rngs, (E, F, D), std, dtype)
+    self.shared = nnx.data(
+        layers.DenseFFN(D, m.shared * F, std, rngs=rngs, dtype=dtype) if m.shared else None)
+
+  def experts(self, x_PD: jax.Array, routed: routing.Routing, gemm: str) -> jax.Array:
+    """Sum over each token's experts of gate * FFN(x), [P, D]."""
+    dtype = x_PD.dtype
+    E, A = self.cfg.experts, self.cfg.active
+    p = plan(routed.expert_PA, E, block_rows(routed.expert_PA.size, E))
+    with jax.named_scope("dispatch"):
+      x_MD = checkpoint_name(spread(x_PD, p), "dispatched")
+      gate_M = spread_gates(routed.gate_PA, p).astype(dtype)
+    with jax.named_scope("experts"):
+      w_in_EDF = [w[...].astype(dtype) for w in (self.w_gate_EDF, self.w_up_EDF)]
+      both_MF = ops.grouped_gemm(x_MD, jnp.concatenate(w_in_EDF, -1), p.group_m, p.used, impl=gemm)
+      gated_MF, up_MF = jnp.split(checkpoint_name(both_MF, "expert_gate_up"), 2, axis=-1)
+      h_MF = layers.swiglu(gated_MF, up_MF) * gate_M[:, None]
+      y_MD = ops.grouped_gemm(h_MF, self.w_down_EFD[...].astype(dtype), p.group_m, p.used,
+                              impl=gemm)
+    with jax.named_scope("combine"):
+      return collect(y_MD, p)
+
+  def __call__(self, x_BTD: jax.Array, call: MoECall) -> tuple[jax.Array, MoEStats]:
+    """[B, T, D] to [B, T, D] (without the residual) and the routing's statistics."""
+    B, T, D = x_BTD.shape
+    x_PD = x_BTD.reshape(B * T, D)
+    routed = routing.route(x_PD, self.w_router_DE[...], self.bias_E[...], self.cfg)
+    y_PD = self.experts(x_PD, routed, call.gemm)
+    if self.shared is not None:
+      y_PD = y_PD + self.shared(x_PD)
+    return y_PD.reshape(B, T, D), self._stats(routed, (B, T), call)
+
+  def _stats(self, routed: routing.Routing, shape: tuple[int, int], call: MoECall) -> MoEStats:
+    valid_BT = jnp.ones(shape, jnp.float32) if call.valid_BT is None else call.valid_BT
+    counts_E = routing.expert_counts(routed.expert_PA, self.cfg.experts, valid_BT.reshape(-1))
+    affinity_BTE = routed.affinity_PE.reshape(*shape, -1)
+    expert_BTA = routed.expert_PA.reshape(*shape, -1)
+    zero, want, A = jnp.zeros(()), call.balance or config.Loss(sequence_balance=0), self.cfg.active
+    return MoEStats(
+        counts_E,
+        routing.sequence_balance(affinity_BTE, A, valid_BT) if want.sequence_balance else zero,
+        routing.batch_balance(affinity_BTE, A, valid_BT, call.axes) if want.batch_balance else zero,
+        routing.expert_balance(affinity_BTE, expert_BTA, valid_BT) if want.expert_balance else zero)
+
+
+def spread_gates(gate_PA: jax.Array, p: Plan) -> jax.Array:
+  """The gate of each row, fp32 [M]; 0 for padding."""
+  return _spread_gates(gate_PA.reshape(-1), p)
+
+
+@jax.custom_vjp
+def _spread_gates(gate: jax.Array, p: Plan) -> jax.Array:
+  return jnp.take(gate, p.pair_M, mode="fill", fill_value=0)
+
+
+_spread_gates.defvjp(lambda gate, p: (_spread_gates(gate, p), p),
+                     lambda p, dgate_M: (dgate_M[p.row_PA.reshape(-1)], None))

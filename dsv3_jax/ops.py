@@ -1,0 +1,88 @@
+"""The only door to `pallas_kernels`: picks an implementation and says once which.
+
+`impl="auto"` tries the accelerator's implementations in order; one that cannot take the call raises
+NotImplementedError, which is the only signal for trying the next. Any other name runs that
+implementation or fails.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels import cudnn_attention, reference
+from pallas_kernels.xla import attention as xla_attention
+from pallas_kernels.xla import grouped_gemm as xla_grouped_gemm
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _say(op: str, name: str, platform: str) -> None:
+  """Logs a choice the first time it is made."""
+  _log.info("%s: %s implementation on %s", op, name, platform)
+
+
+def _dispatch(op: str, impl: str, implementations: dict[str, Callable], auto: tuple[str, ...]):
+  """Result of the chosen implementation, or of the first of `auto` that takes the call."""
+  if impl != "auto":
+    if impl not in implementations:
+      raise ValueError(f"{op}: no implementation {impl!r}; "
+                       f"choose from auto, {', '.join(implementations)}")
+    return implementations[impl]()
+  for name in auto:
+    try:
+      result = implementations[name]()
+    except NotImplementedError as error:
+      _log.debug("%s: %s declined: %s", op, name, error)
+      continue
+    _say(op, name, jax.default_backend())
+    return result
+  raise NotImplementedError(f"{op}: none of {', '.join(auto)} takes this call")
+
+
+def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
+              segments_BT: jax.Array | None = None, impl: str = "auto", block: int = 512
+              ) -> jax.Array:
+  """Causal attention of separate key and value widths.
+
+  Args:
+    q_BTHK, k_BTHK, v_BTHU: queries, keys, values of H heads.
+    scale: factor on the scores.
+    segments_BT: int32; a query sees only keys of its own number. None: plain causal.
+    impl: auto, xla (blockwise, linear memory), cudnn, reference.
+    block: tile rows of the blockwise form.
+
+  Returns:
+    [B, T, H, U] in the dtype of the queries.
+  """
+  args = (q_BTHK, k_BTHK, v_BTHU)
+  kwargs = dict(scale=scale, segments_BT=segments_BT)
+  return _dispatch("attention", impl, {
+      "cudnn": lambda: cudnn_attention.attention(*args, **kwargs),
+      "xla": lambda: xla_attention.attention(*args, **kwargs, block=block),
+      "reference": lambda: reference.attention(*args, **kwargs),
+  }, auto=("cudnn", "xla"))
+
+
+def grouped_gemm(x_MK: jax.Array, w_GKN: jax.Array, group_m: jax.Array, used: jax.Array, *,
+                 impl: str = "auto") -> jax.Array:
+  """`y[block i] = x[block i] @ w[group_m[i]]` for the first `used` blocks of rows, zeros after.
+
+  Args:
+    x_MK: rows in blocks of M / len(group_m); see `dsv3_jax.model.moe.plan`.
+    w_GKN: one matrix a group, in the dtype of `x_MK`.
+    group_m: int32 [blocks], non-decreasing over the used blocks.
+    used: int32 scalar.
+    impl: auto, xla, ragged_dot, reference.
+
+  Returns:
+    [M, N] in the dtype of `x_MK`.
+  """
+  args = (x_MK, w_GKN, group_m, used)
+  return _dispatch("grouped_gemm", impl, {
+      "xla": lambda: xla_grouped_gemm.grouped_gemm(*args),
+      "ragged_dot": lambda: reference.ragged_dot(*args),
+      "reference": lambda: reference.grouped_gemm(*args),
+  }, auto=("xla",))

@@ -1,0 +1,1 @@
+"""Implementations in plain XLA operations: any platform, no accelerator assumed."""

@@ -1,0 +1,162 @@
+"""Causal attention in memory linear in the sequence length: blockwise softmax (FlashAttention).
+
+Scores exist one tile (a block of queries by a block of keys) at a time. The forward pass keeps a
+running maximum and sum a query and rescales the output as larger scores appear; the backward pass
+recomputes each tile from the saved log-sum-exp. Tiles above the diagonal are never visited. Key and
+value heads may differ in width (192 and 128 in DeepSeek-V3).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import vma
+
+_UNROLL = 3  # tiles up to which the loop is unrolled, so that XLA fuses across them
+
+
+def _tiles(blocks: int) -> tuple[np.ndarray, np.ndarray]:
+  """Query and key block of each tile on or below the diagonal, row by row."""
+  return np.tril_indices(blocks)
+
+
+def _loop(count: int, body, carry):
+  if count <= _UNROLL:
+    for t in range(count):
+      carry = body(t, carry)
+    return carry
+  return lax.fori_loop(0, count, body, carry)
+
+
+def _block(x: jax.Array, i, size: int) -> jax.Array:
+  """Rows [i * size, (i + 1) * size) of axis 2."""
+  return lax.dynamic_slice_in_dim(x, i * size, size, axis=2)
+
+
+def _add(x: jax.Array, update: jax.Array, i, size: int) -> jax.Array:
+  return lax.dynamic_update_slice_in_dim(x, _block(x, i, size) + update, i * size, axis=2)
+
+
+def _put(x: jax.Array, update: jax.Array, i, size: int) -> jax.Array:
+  return lax.dynamic_update_slice_in_dim(x, update, i * size, axis=2)
+
+
+def _allowed(i, j, size: int, segments_BT):
+  """Which keys of block j each query of block i may see, [1 or B, 1, size, size]."""
+  query = i * size + jnp.arange(size)[:, None]
+  key = j * size + jnp.arange(size)[None, :]
+  mask = (key <= query)[None, None]
+  if segments_BT is None:
+    return mask
+  seg_q = lax.dynamic_slice_in_dim(segments_BT, i * size, size, axis=1)
+  seg_k = lax.dynamic_slice_in_dim(segments_BT, j * size, size, axis=1)
+  return mask & (seg_q[:, None, :, None] == seg_k[:, None, None, :])
+
+
+def _scores(q, k, i, j, size, scale, segments_BT):
+  s = jnp.einsum("bhtk,bhsk->bhts", _block(q, i, size), _block(k, j, size),
+                 preferred_element_type=jnp.float32) * scale
+  return jnp.where(_allowed(i, j, size, segments_BT), s, -jnp.inf)
+
+
+def _forward(q, k, v, segments_BT, scale, size):
+  """Output [B, H, T, U] and log-sum-exp [B, H, T] fp32 for T a multiple of `size`."""
+  B, H, T, _ = q.shape
+  rows, cols = (jnp.asarray(t) for t in _tiles(T // size))
+
+  def body(t, carry):
+    o, m, z = carry  # output so far (unnormalised), running maximum, running sum
+    i, j = rows[t], cols[t]
+    s = _scores(q, k, i, j, size, scale, segments_BT)
+    m_old = _block(m, i, size)
+    m_new = jnp.maximum(m_old, s.max(-1))
+    m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # no key seen yet: avoid inf - inf
+    p = jnp.exp(s - m_safe[..., None])
+    shrink = jnp.exp(m_old - m_safe)
+    pv = jnp.einsum("bhts,bhsu->bhtu", p.astype(v.dtype), _block(v, j, size),
+                    preferred_element_type=jnp.float32)
+    o = _put(o, _block(o, i, size) * shrink[..., None] + pv, i, size)
+    z = _put(z, _block(z, i, size) * shrink + p.sum(-1), i, size)
+    return o, _put(m, m_new, i, size), z
+
+  like = (q, k, v) if segments_BT is None else (q, k, v, segments_BT)
+  start = (vma.zeros((B, H, T, v.shape[-1]), jnp.float32, *like),
+           vma.match(jnp.full((B, H, T), -jnp.inf, jnp.float32), *like),
+           vma.zeros((B, H, T), jnp.float32, *like))
+  o, m, z = _loop(len(rows), body, start)
+  return (o / z[..., None]).astype(q.dtype), m + jnp.log(z)
+
+
+def _backward(q, k, v, segments_BT, o, lse, do, scale, size):
+  rows, cols = (jnp.asarray(t) for t in _tiles(q.shape[2] // size))
+  delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+
+  def body(t, carry):
+    dq, dk, dv = carry
+    i, j = rows[t], cols[t]
+    s = _scores(q, k, i, j, size, scale, segments_BT)
+    p = jnp.exp(s - _block(lse, i, size)[..., None])
+    do_i = _block(do, i, size)
+    dp = jnp.einsum("bhtu,bhsu->bhts", do_i, _block(v, j, size),
+                    preferred_element_type=jnp.float32)
+    ds = (p * (dp - _block(delta, i, size)[..., None]) * scale).astype(q.dtype)
+    grad = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dv = _add(dv, grad("bhts,bhtu->bhsu", p.astype(do.dtype), do_i), j, size)
+    dk = _add(dk, grad("bhts,bhtk->bhsk", ds, _block(q, i, size)), j, size)
+    dq = _add(dq, grad("bhts,bhsk->bhtk", ds, _block(k, j, size)), i, size)
+    return dq, dk, dv
+
+  like = (q, k, v, do) if segments_BT is None else (q, k, v, do, segments_BT)
+  start = tuple(vma.zeros(x.shape, jnp.float32, *like) for x in (q, k, v))
+  dq, dk, dv = _loop(len(rows), body, start)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, segments_BT, scale, size):
+  return _forward(q, k, v, segments_BT, scale, size)[0]
+
+
+def _fwd(q, k, v, segments_BT, scale, size):
+  o, lse = _forward(q, k, v, segments_BT, scale, size)
+  o = jax.ad_checkpoint.checkpoint_name(o, "attention_out")
+  lse = jax.ad_checkpoint.checkpoint_name(lse, "attention_lse")
+  return o, (q, k, v, segments_BT, o, lse)
+
+
+def _bwd(scale, size, residuals, do):
+  q, k, v, segments_BT, o, lse = residuals
+  return *_backward(q, k, v, segments_BT, o, lse, do, scale, size), None
+
+
+_attention.defvjp(_fwd, _bwd)
+
+
+def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
+              segments_BT: jax.Array | None = None, block: int = 512) -> jax.Array:
+  """Causal softmax attention, exact, with O(B H T block) memory in both directions.
+
+  Args:
+    q_BTHK, k_BTHK: queries and keys; v_BTHU: values, U may differ from K.
+    scale: factor on the scores.
+    segments_BT: int32; a query sees only keys of its own number. None: plain causal.
+    block: rows of a tile; T is padded to a multiple (padded keys lie after every real query).
+
+  Returns:
+    [B, T, H, U] in the dtype of the queries; softmax in fp32.
+  """
+  T = q_BTHK.shape[1]
+  block = min(block, T)
+  pad = -T % block
+
+  def heads_first(x):
+    return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, pad), (0, 0)))
+
+  if segments_BT is not None:
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)), constant_values=-1)
+  o_BHTU = _attention(heads_first(q_BTHK), heads_first(k_BTHK), heads_first(v_BTHU), segments_BT,
+                      scale, block)
+  return o_BHTU[:, :, :T].transpose(0, 2, 1, 3)
