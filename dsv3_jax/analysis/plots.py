@@ -25,28 +25,28 @@ PAGE_COLOURS = {TEXT: "var(--text)", MUTED: "var(--muted)", GRID: "var(--grid)",
                 PAPER: "var(--card)"}
 BLUE, ORANGE, GREEN, RED, PURPLE = "#3a7bd5", "#e07a2f", "#2c9f6b", "#d64550", "#8b68c9"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED)
+WIDE = 12.0  # inches, of a figure that has a row of the page to itself
 MAX_POINTS = 1500  # a curve; more cannot be told apart on a page, and only make the file heavy
 
 
-def smooth(values_N: np.ndarray, window: float) -> np.ndarray:
-  """Exponential moving average over about `window` points, bias-corrected; NaN is skipped.
+def smooth(values_N: np.ndarray, window: int) -> np.ndarray:
+  """Mean over `window` points around each, fewer at the ends; NaN is skipped. float64 [N].
 
-  Returns float64 [N]: y_i = (1 - a) sum_j a^(i-j) x_j / (1 - a^(i+1)) with a = 1 - 1 / window.
+  Centred, so that the curve does not lag behind a loss that falls fast.
   """
-  decay = 1 - 1 / max(window, 1)
-  total = weight = 0.0
-  result_N = np.empty(len(values_N))
-  for i, value in enumerate(values_N):
-    total, weight = total * decay, weight * decay
-    if np.isfinite(value):
-      total, weight = total + (1 - decay) * value, weight + (1 - decay)
-    result_N[i] = total / weight if weight else np.nan
-  return result_N
+  finite_N = np.isfinite(values_N)
+  sums = np.cumsum(np.append(0.0, np.where(finite_N, values_N, 0.0)))
+  counts = np.cumsum(np.append(0, finite_N))
+  index_N = np.arange(len(values_N))
+  low_N = np.maximum(index_N - window // 2, 0)
+  high_N = np.minimum(index_N + (window + 1) // 2, len(values_N))
+  count_N = counts[high_N] - counts[low_N]
+  return np.where(count_N > 0, (sums[high_N] - sums[low_N]) / np.maximum(count_N, 1), np.nan)
 
 
 def smoothing_window(steps: int) -> int:
-  """Points that a smoothed curve averages over: a fortieth of the run, at most 200."""
-  return max(1, min(steps // 40, 200))
+  """Points that a smoothed curve averages over: an eightieth of the run, at most 200."""
+  return max(1, min(steps // 80, 200))
 
 
 def column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray:
@@ -81,7 +81,7 @@ def loss(run: Run) -> Figure | None:
   """Training loss raw and smoothed, and validation loss, over tokens."""
   if not run.train:
     return None
-  figure, axes = _axes("tokens", "cross-entropy (nats per token)")
+  figure, axes = _axes("tokens", "cross-entropy (nats per token)", WIDE)
   _curve(axes, run.train, column(run.train, "loss"), BLUE, "training")
   evals = column(run.evals, "loss")
   if np.isfinite(evals).any():
@@ -144,9 +144,11 @@ def gradient_norm(run: Run) -> Figure | None:
   _curve(axes, run.train, values, GREEN, "before clipping")
   clip = run.config.get("optim", {}).get("clip_norm", 0)
   if clip:
-    axes.axhline(clip, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"clipped at {clip:g}")
-  axes.yaxis.set_major_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
-  axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.axhline(clip, color=RED, linewidth=1.2, linestyle=(0, (4, 3)),
+                 label=f"clipped at {clip:g}")
+  axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+  axes.yaxis.set_minor_formatter(ticker.NullFormatter())
   return _finish(axes)
 
 
@@ -192,7 +194,7 @@ def expert_load(run: Run) -> Figure | None:
     return None
   load_LE = np.array(load[-1]["load_LE"], dtype=np.float64)
   layers, experts = load_LE.shape
-  figure = _figure(height=min(max(1.5 + 0.32 * layers, 2.2), 9))
+  figure = _figure(WIDE, min(1.2 + 0.34 * layers, 9))
   axes = figure.subplots()
   _style(axes, grid=False)
   image = axes.pcolormesh(load_LE, cmap="RdBu_r", vmin=0, vmax=2,
@@ -210,7 +212,7 @@ def expert_load(run: Run) -> Figure | None:
   if experts <= 32 and layers <= 16:
     for i, j in np.ndindex(layers, experts):
       axes.text(j + 0.5, i + 0.5, f"{load_LE[i, j]:.2f}", ha="center", va="center",
-                fontsize=6.2 if experts > 16 else 7,
+                fontsize=7 if experts > 16 else 9,
                 color="#ffffff" if abs(load_LE[i, j] - 1) > 0.6 else "#222222")
   bar = figure.colorbar(image, ax=axes, extend="max", pad=0.02, fraction=0.04, aspect=14)
   bar.set_label("load / mean load", color=TEXT)
@@ -224,7 +226,7 @@ def compression(run: Run) -> Figure | None:
   rows = bits_per_byte(run)
   if len(rows) < 2:
     return None
-  figure = _figure(height=0.8 + 0.42 * len(rows))
+  figure = _figure(height=0.7 + 0.3 * len(rows))
   axes = figure.subplots()
   _style(axes)
   axes.grid(axis="y", visible=False)
@@ -289,12 +291,12 @@ def to_inline(svg: str, label: str, prefix: str) -> str:
 # --- drawing ------------------------------------------------------------------------------------
 
 
-def _figure(height: float = 3.3) -> Figure:
-  return Figure(figsize=(6.8, height), layout="constrained", facecolor=PAPER)
+def _figure(width: float = 6.8, height: float = 3.3) -> Figure:
+  return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-  figure = _figure()
+def _axes(x_label: str, y_label: str, width: float = 6.8) -> tuple[Figure, Axes]:
+  figure = _figure(width)
   axes = figure.subplots()
   _style(axes)
   axes.set_xlabel(x_label, color=TEXT)
@@ -329,7 +331,7 @@ def _curve(axes: Axes, rows: Sequence[dict[str, Any]], values_N: np.ndarray, col
   if window > 1:
     axes.plot(*_thin(tokens, values_N), color=colour, linewidth=0.8, alpha=0.3)
     axes.plot(*_thin(tokens, smooth(values_N, window)), color=colour, linewidth=1.8,
-              label=f"{label} (mean of ~{window} steps)")
+              label=f"{label} (mean of {window} steps)")
   else:
     axes.plot(tokens, values_N, color=colour, linewidth=1.6, label=label,
               marker="o" if len(rows) == 1 else None, markersize=4)

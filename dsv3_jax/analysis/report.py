@@ -36,7 +36,7 @@ class _Plot:
 
 _PLOTS = (
     _Plot("loss", "Loss", plots.loss,
-          "Main next-token loss. Validation batches are the same at every evaluation."),
+          "Main next-token loss. Validation batches are the same at every evaluation.", wide=True),
     _Plot("bits_per_byte", "Compression of the validation text", plots.compression,
           "Bits per byte, so that tokenizers do not matter; gzip and xz compress the same bytes."),
     _Plot("mtp_loss", "Multi-token prediction", plots.mtp_loss,
@@ -48,7 +48,7 @@ _PLOTS = (
     _Plot("throughput", "Speed", plots.throughput,
           "Wall-clock tokens per second of each optimizer step."),
     _Plot("max_vio", "Balance over time", plots.max_violation,
-          "How much more than its share the busiest expert of a layer gets, over the global batch."),
+          "How far the busiest expert of a layer is above its share, over the global batch."),
     _Plot("expert_load", "Expert load", plots.expert_load,
           "Relative load of each routed expert at the last evaluation; 1 is perfect balance.",
           wide=True),
@@ -160,9 +160,13 @@ def _numbers(run: Run) -> list[tuple[str, str, str]]:
     if value is not None and np.isfinite(value):
       rows.append((name, form.format(value), note))
 
+  def recent(values_N: np.ndarray) -> float | None:
+    """The mean of the last steps."""
+    finite = values_N[np.isfinite(values_N)][-window:]
+    return float(finite.mean()) if finite.size else None
+
   window = plots.smoothing_window(len(run.train))
-  loss = plots.smooth(plots.column(run.train, "loss"), window)
-  accuracy = plots.smooth(plots.column(run.train, "accuracy"), window)
+  over = f", mean of the last {window} steps" if window > 1 else ""
   evaluated = plots.column(run.evals, "loss")
   compressed = [v for name, v in plots.bits_per_byte(run) if name == "this model"]
   baselines = run.summary.get("baselines") or {}
@@ -171,13 +175,14 @@ def _numbers(run: Run) -> list[tuple[str, str, str]]:
   best = np.nanmin(evaluated) if np.isfinite(evaluated).any() else None
   add("validation loss", _last(evaluated), "{:.3f}",
       "nats per token" if best is None else f"nats per token; best {best:.3f}")
-  add("training loss", _last(loss), "{:.3f}", f"nats per token, mean of ~{window} steps")
-  add("next-token accuracy", _last(100 * accuracy), "{:.1f} %", "training, top 1")
+  add("training loss", recent(plots.column(run.train, "loss")), "{:.3f}", f"nats per token{over}")
+  add("next-token accuracy", recent(100 * plots.column(run.train, "accuracy")), "{:.1f} %",
+      f"training, top 1{over}")
   for depth, value in enumerate(plots.matrix(run.train, "mtp_loss").T):
-    add(f"MTP loss, depth {depth + 1}", _last(plots.smooth(value, window)), "{:.3f}",
-        "nats per token, training")
-  add("MaxVio", _last(plots.smooth(plots.column(run.train, "max_vio"), window)), "{:.3f}",
-      "worst layer; 0 is balanced")
+    add(f"MTP loss, depth {depth + 1}", recent(value), "{:.3f}",
+        f"nats per token, training{over}")
+  add("MaxVio", recent(plots.column(run.train, "max_vio")), "{:.3f}",
+      f"worst layer, 0 is balanced{over}")
   speed, mfu = plots.timing(run, "tokens_per_s"), plots.timing(run, "mfu")
   if np.isfinite(speed).any():
     share = f"; MFU {np.nanmedian(mfu):.1%}" if np.isfinite(mfu).any() else ""
@@ -373,7 +378,6 @@ figure { margin: 0; display: flex; flex-direction: column; }
 .wide { grid-column: 1 / -1; }
 .picture { overflow-x: auto; }
 .picture svg { display: block; width: 100%; height: auto; }
-.wide .picture svg { max-width: 1000px; margin: 0 auto; }
 .picture svg text { font-family: inherit !important; }
 figcaption { margin-top: auto; padding-top: 8px; color: var(--muted); font-size: .85rem; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; font-size: .84rem;
@@ -391,7 +395,8 @@ details[open] summary { margin-bottom: 8px; }
 @media (max-width: 760px) {
   .plots { grid-template-columns: minmax(0, 1fr); }
   .card { padding: 12px; }
-  .picture svg { min-width: 420px; }
+  .picture svg { min-width: 400px; }
+  .wide .picture svg { min-width: 640px; }
   .numbers { grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); }
   .facts th, .facts td { display: block; padding: 0; }
   .facts td { padding-bottom: 10px; }

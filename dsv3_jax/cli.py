@@ -1,0 +1,334 @@
+"""The `dsv3` command.
+
+This file alone turns what a person types into a `Config`: an experiment's `get_config(arg)` gives a
+locked ConfigDict, `--config.key=value` overrides it, and `config.from_dict` checks the whole. All
+of that happens before jax is imported, so a mistake costs no start-up time.
+
+Exit codes: 0 done; 2 bad input, said in one line; 130 or 143 interrupted by SIGINT or SIGTERM
+(training saves a checkpoint first). Anything unexpected keeps its traceback.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax import __version__
+from dsv3_jax import config as config_lib
+from dsv3_jax.config import Config, ConfigError
+
+OVERRIDE = "--config."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Entry point of the console script; leaves with the exit code."""
+  sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+  """Runs one command line and returns its exit code; see the file's docstring for the codes.
+
+  Raises:
+    SystemExit: from argparse, for --help (0) and for an unknown command or option (2).
+  """
+  parser = _parser()
+  args, rest = parser.parse_known_args(argv)
+  if rest and not (args.overridable and rest[0].startswith(OVERRIDE)):
+    args.parser.error(f"unknown argument {rest[0]!r}{_nearest_option(rest[0], args.parser)}")
+  try:
+    if args.overridable:
+      args.overrides = _pair_overrides(rest)
+    args.command_line = shlex.join(["dsv3", *argv])
+    return args.run(args)
+  except KeyboardInterrupt:
+    print("dsv3: interrupted", file=sys.stderr)
+    return 130
+  except Exception as error:
+    if not _is_for_user(error):
+      raise
+    print(f"dsv3: error: {_one_line(error)}", file=sys.stderr)
+    return 2
+
+
+def _is_for_user(error: Exception) -> bool:
+  """Whether the message says all: raised by this package on purpose, or a file's trouble.
+
+  A ValueError is for the user (CONTRIBUTING.md) where this package raised it; one that comes from
+  inside jax or numpy is a fault of ours, whose traceback is needed.
+  """
+  if isinstance(error, ConfigError):
+    return True
+  if isinstance(error, OSError):
+    return error.filename is not None
+  trace = error.__traceback__
+  while trace is not None and trace.tb_next is not None:
+    trace = trace.tb_next
+  module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+  return isinstance(error, ValueError) and module.startswith("dsv3_jax.")
+
+
+def _one_line(error: Exception) -> str:
+  if isinstance(error, OSError):
+    return f"{error.filename}: {error.strerror}"
+  return " ".join(str(error).split())
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+  config = load_config(args.config, args.overrides)
+  if args.print_config:
+    print(config_lib.to_json(config))
+    return 0
+  workdir = Path(args.workdir) if args.workdir else default_workdir(args.config)
+  from dsv3_jax import train  # jax starts here
+
+  result = train.run(config, str(workdir))
+  from dsv3_jax.analysis import report
+
+  print(f"report: {report.write(workdir)}")
+  return result.exit_code
+
+
+def _report(args: argparse.Namespace) -> int:
+  from dsv3_jax.analysis import report
+
+  print(report.write(args.workdir))
+  return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+  raise NotImplementedError
+
+
+def _tokenize(args: argparse.Namespace) -> int:
+  raise NotImplementedError
+
+
+# --- configs ------------------------------------------------------------------------------------
+
+
+def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+  """The validated Config of an experiment file with overrides applied.
+
+  Args:
+    spec: path of a Python file that defines `get_config`, with an optional ":arg" for it.
+    overrides: (dotted key, text) pairs, later ones winning.
+
+  Raises:
+    ConfigError: no such file, no `get_config`, an unknown key (the nearest is named), a value of
+      the wrong type, or a combination that cannot run.
+  """
+  from ml_collections import config_dict  # here, so that --help does not wait for it
+
+  path, arg = _split_spec(spec)
+  returned = _get_config(path, arg)
+  if isinstance(returned, config_dict.ConfigDict):
+    returned = returned.to_dict()
+  if not isinstance(returned, Config | dict):
+    raise ConfigError(f"{path}: get_config returned a {type(returned).__name__}; a "
+                      "dsv3_jax.config.Config or a ConfigDict is expected")
+  given = config_lib.to_dict(returned) if isinstance(returned, Config) else returned
+  tree = config_dict.ConfigDict(config_lib.to_dict(Config()))
+  tree.lock()
+  for key, value in _flatten(given):
+    config_lib.field_type(key)
+    _assign(tree, key, value)
+  for key, text in overrides:
+    _assign(tree, key, parse_value(key, text))
+  return config_lib.from_dict(tree.to_dict())
+
+
+def parse_value(key: str, text: str) -> Any:
+  """The text of `--config.key=text` as the type of that key.
+
+  Numbers may be written 3e-4, 1e6 (also for integers) and 1_000; booleans true or false; tuples as
+  a,b or as a Python tuple or list.
+
+  Raises:
+    ConfigError: no such key, a section instead of a value, or text of another type.
+  """
+  hint = config_lib.field_type(key)
+  if dataclasses.is_dataclass(hint):
+    names = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(hint))
+    raise ConfigError(f"{OVERRIDE}{key}={text}: {key!r} is a section; set one of {names}")
+  try:
+    if typing.get_origin(hint) is tuple:
+      return _parse_tuple(typing.get_args(hint)[0], text)
+    return _parse_scalar(hint, text)
+  except (ValueError, SyntaxError) as error:
+    name = getattr(hint, "__name__", str(hint)) if not typing.get_origin(hint) else str(hint)
+    raise ConfigError(f"{OVERRIDE}{key}={text}: {name} is expected") from error
+
+
+def default_workdir(spec: str) -> Path:
+  """runs/<experiment>, or runs/<experiment>-<arg>."""
+  path, arg = _split_spec(spec)
+  name = path.stem if arg is None else f"{path.stem}-{re.sub(r'[^A-Za-z0-9_.=-]+', '_', arg)}"
+  return Path("runs") / name
+
+
+def _parse_scalar(hint: type, text: str) -> Any:
+  if hint is str:
+    return text
+  if hint is bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()] \
+        if text.lower() in ("true", "1", "false", "0") else _refuse(text)
+  number = float(text)
+  if hint is int:
+    try:
+      return int(text)
+    except ValueError:
+      return int(number) if number.is_integer() else _refuse(text)
+  return number
+
+
+def _parse_tuple(hint: type, text: str) -> tuple[Any, ...]:
+  if text[:1] in ("(", "["):
+    values = ast.literal_eval(text)
+    return tuple(v if isinstance(v, hint) else _parse_scalar(hint, str(v)) for v in values)
+  return tuple(_parse_scalar(hint, part.strip()) for part in text.split(",") if part.strip())
+
+
+def _refuse(text: str) -> Any:
+  raise ValueError(text)
+
+
+def _split_spec(spec: str) -> tuple[Path, str | None]:
+  path, _, arg = spec.partition(":")
+  return Path(path), arg or None
+
+
+def _get_config(path: Path, arg: str | None) -> Any:
+  """What the experiment file's `get_config` returns; its own exceptions pass through."""
+  if not path.is_file():
+    names = [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), [*names, *(n.removesuffix(".py") for n in names)],
+                                     n=1)
+    hint = f"; did you mean {near[0].removesuffix('.py')}.py?" if near else ""
+    raise ConfigError(f"--config={path}: no such file{hint}")
+  spec = importlib.util.spec_from_file_location(f"dsv3_experiment_{path.stem}", path)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"--config={path}: not a Python file")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  get_config = getattr(module, "get_config", None)
+  if not isinstance(get_config, types.FunctionType):
+    raise ConfigError(f"--config={path}: the file defines no function get_config(arg=None)")
+  if arg is None:
+    return get_config()
+  if not inspect.signature(get_config).parameters:
+    raise ConfigError(f"--config={path}:{arg}: get_config of this file takes no argument")
+  return get_config(arg)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+  """(dotted key, value) of every leaf."""
+  leaves = []
+  for name, value in values.items():
+    key = f"{prefix}{name}"
+    leaves += _flatten(value, f"{key}.") if isinstance(value, dict) else [(key, value)]
+  return leaves
+
+
+def _assign(tree: Any, key: str, value: Any) -> None:
+  """Sets a leaf of the locked ConfigDict."""
+  *parents, last = key.split(".")
+  for parent in parents:
+    tree = tree[parent]
+  with tree.ignore_type():  # from_dict checks types, with the key's full name
+    tree[last] = value
+
+
+def _pair_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+  """`--config.key=value` and `--config.key value` as (key, value) pairs."""
+  pairs, words = [], list(rest)
+  while words:
+    word = words.pop(0)
+    if not word.startswith(OVERRIDE):
+      raise ConfigError(f"unknown argument {word!r}")
+    key, equals, value = word.removeprefix(OVERRIDE).partition("=")
+    if not equals:
+      config_lib.field_type(key)  # a misspelt key is the likelier mistake
+      if not words:
+        raise ConfigError(f"{word} needs a value: {word}=VALUE")
+      value = words.pop(0)
+    pairs.append((key, value))
+  return pairs
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+      prog="dsv3", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+      description="DeepSeek-V3 in JAX: train, look at, and convert models.",
+      epilog="examples:\n"
+             "  dsv3 train --config=experiments/tiny.py --workdir=runs/tiny\n"
+             "  dsv3 report runs/tiny\n"
+             "  dsv3 convert runs/tiny exported-model\n\n"
+             "`dsv3 COMMAND --help` has more.")
+  parser.add_argument("--version", action="version", version=f"dsv3 {__version__}")
+  commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+  train = _command(
+      commands, "train", _train, "train a model, or go on with a run",
+      "Train the model of an experiment file. Where the workdir holds a checkpoint of the same\n"
+      "config, training goes on from it. Ctrl-C (or SIGTERM) saves before leaving; the same\n"
+      "command resumes. At the end report.md and report.html are in the workdir.",
+      "  dsv3 train --config=experiments/tiny.py\n"
+      "  dsv3 train --config=experiments/tiny.py:smoke --workdir=/tmp/smoke\n"
+      "  dsv3 train --config=experiments/tiny.py --config.optim.lr=3e-4 --config.data.fim_rate=0\n"
+      "  dsv3 train --config=experiments/tiny.py --config.data.sources='texts/*.txt,notes'\n"
+      "  dsv3 train --config=experiments/v3_671b.py --print-config")
+  train.set_defaults(overridable=True)
+  train.add_argument("--config", required=True, metavar="FILE[:ARG]",
+                     help="experiment file; ARG goes to its get_config(arg)")
+  train.add_argument("--config.KEY", metavar="VALUE", dest="ignored",
+                     help="override one value, for example --config.optim.lr=3e-4; see "
+                          "dsv3_jax/config.py, or --print-config, for the keys")
+  train.add_argument("--workdir", metavar="DIR",
+                     help="folder of this run (default: runs/EXPERIMENT or runs/EXPERIMENT-ARG)")
+  train.add_argument("--print-config", action="store_true",
+                     help="print the resulting config as JSON and leave")
+
+  report = _command(
+      commands, "report", _report, "write a run's report again",
+      "Write report.md, report.html and plots/ from the files of a workdir, also while the run is\n"
+      "going or after it was killed. The page opens offline.",
+      "  dsv3 report runs/tiny")
+  report.add_argument("workdir", metavar="WORKDIR")
+
+  return parser
+
+
+def _command(commands: Any, name: str, function: Any, summary: str, description: str,
+             examples: str) -> argparse.ArgumentParser:
+  """A subcommand whose help ends in examples."""
+  parser = commands.add_parser(
+      name, help=summary, description=description, epilog=f"examples:\n{examples}",
+      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.set_defaults(run=function, parser=parser, overridable=False)
+  return parser
+
+
+def _nearest_option(word: str, parser: argparse.ArgumentParser) -> str:
+  options = [o for action in parser._actions for o in action.option_strings]
+  near = difflib.get_close_matches(word.partition("=")[0], options, n=1)
+  return f"; did you mean {near[0]}?" if near else ""
+
+
+if __name__ == "__main__":
+  main()
