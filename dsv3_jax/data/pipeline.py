@@ -1,0 +1,209 @@
+"""From `config.Data` to batches: `prepare` finds or makes tokenizer and shards, `Corpus` serves.
+
+    corpus = prepare(config.data, config.model.vocab_size, workdir)
+    batches = corpus.train_iterator(batch_schedule)      # see loader.py
+    for batch in corpus.validation_batches(8, limit=4): ...
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax.config import ConfigError
+from dsv3_jax.data import shards as shards_lib
+from dsv3_jax.data import sources as sources_lib
+from dsv3_jax.data import tokenize, units
+from dsv3_jax.data.packing import Packer, Position
+from dsv3_jax.data.tokenizer import Tokenizer
+
+
+class Corpus:
+  """Tokenized text, split into training and validation.
+
+  Attributes:
+    tokenizer: see `Tokenizer`; token_bytes_V has the model's vocabulary size.
+    summary: counts for a person: documents, tokens, bytes, train_tokens, validation_tokens,
+      skipped (by reason), and note, "" or what a reader of results should know.
+  """
+
+  def __init__(self, data: config.Data, tokenizer: Tokenizer, folders: list[str]):
+    self.tokenizer, self._data, self._folders = tokenizer, data, tuple(folders)
+    self._shards = [shards_lib.Shards(f) for f in folders]
+    for s in self._shards:
+      s.check_tokenizer(tokenizer)
+    every = units.of(self._shards)
+    train, self._validation, was_cut = units.split(every, data.validation_fraction)
+    self.fingerprint = hashlib.sha256(" ".join(
+        [tokenizer.hash, *(s.index["content"] for s in self._shards)]).encode()).hexdigest()[:16]
+    skipped: dict[str, int] = {}
+    for s in self._shards:
+      for reason, n in s.index.get("skipped", {}).items():
+        skipped[reason] = skipped.get(reason, 0) + n
+    self.summary = {
+        "documents": len(every), "tokens": int(every.length.sum()),
+        "bytes": sum(s.index["bytes"] for s in self._shards),
+        "train_tokens": int(train.length.sum()),
+        "validation_tokens": int(self._validation.length.sum()), "skipped": skipped,
+        "note": "too few documents to hold some out: parts of documents are held out" if was_cut
+                else ""}
+    if self.summary["train_tokens"] < data.sequence_length + 1:
+      raise ConfigError(f"data.sources={data.sources} give {self.summary['train_tokens']} training "
+                        f"tokens, less than one sequence (data.sequence_length="
+                        f"{data.sequence_length}); add text or lower data.sequence_length")
+    if was_cut and not len(self._validation):
+      raise ConfigError(f"data.sources={data.sources} hold too little text to set "
+                        f"data.validation_fraction={data.validation_fraction} aside; add text or "
+                        "set data.validation_fraction=0")
+    for i in range(len(data.sources) if data.weights else 0):
+      if not (train.source == i).any():
+        raise ConfigError(f"data.sources: {data.sources[i]!r} has no training document; lower "
+                          f"data.validation_fraction={data.validation_fraction} or add documents")
+
+  def train_iterator(self, batch_schedule: Callable[[int], int], process_index: int = 0,
+                     process_count: int = 1):
+    """Endless training batches: a `loader.TrainIterator`, restartable at any step."""
+    from dsv3_jax.data import loader
+
+    recipe = loader.Recipe(self._data, self._folders, self.tokenizer)
+    return loader.TrainIterator(recipe, self.fingerprint, batch_schedule, process_index,
+                                process_count)
+
+  def validation_batches(self, batch_size: int, limit: int = 0) -> list[dict[str, np.ndarray]]:
+    """Fixed batches of held-out text, without FIM and token cuts.
+
+    Args:
+      batch_size: B, sequences of a batch.
+      limit: batches at most; 0 for all.
+
+    Returns:
+      A list of {"tokens": int32 [B, S], "mask": int8 [B, S], and with isolation "segments": int32
+      [B, S]}. mask is 1 where a token is a target that counts, so that sums over batches meet each
+      held-out token once; what fills up the last batch has mask 0, token pad and segment -1.
+    """
+    length = self._data.sequence_length + 1
+    rows = []
+    for tokens_S, segments_S in self._validation_rows(length):
+      if limit and len(rows) == limit * batch_size:
+        break
+      padding = segments_S < 0
+      mask_S = ~padding
+      mask_S[0] = False
+      if self._data.isolate:
+        mask_S[1:] &= segments_S[1:] == segments_S[:-1]
+      rows.append((np.where(padding, self.tokenizer.pad, tokens_S).astype(np.int32),
+                   mask_S.astype(np.int8), segments_S))
+    empty = (np.full(length, self.tokenizer.pad, np.int32), np.zeros(length, np.int8),
+             np.full(length, -1, np.int32))
+    rows += [empty] * (-len(rows) % batch_size)
+    batches = []
+    for i in range(0, len(rows), batch_size):
+      tokens, mask, segments = (np.stack(x) for x in zip(*rows[i:i + batch_size], strict=True))
+      batch = {"tokens": tokens, "mask": mask}
+      batches.append(batch | {"segments": segments} if self._data.isolate else batch)
+    return batches
+
+  def validation_text(self, limit_bytes: int = 0) -> bytes:
+    """Held-out text in the order of `validation_batches`, for compressors and unigram baselines.
+
+    Args:
+      limit_bytes: stop after this many bytes; 0 for all.
+    """
+    parts, size = [], 0
+    for i in range(len(self._validation)):
+      if limit_bytes and size >= limit_bytes:
+        break
+      parts.append(self.tokenizer.decode_bytes(self._unit(i)))
+      size += len(parts[-1])
+    return b"".join(parts)[:limit_bytes or None]
+
+  def _unit(self, i: int) -> np.ndarray:
+    v = self._validation
+    return self._shards[int(v.source[i])].tokens(
+        int(v.document[i]), int(v.start[i]), int(v.length[i]))
+
+  def _validation_rows(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def document(i: int) -> np.ndarray:
+      return np.concatenate([[self.tokenizer.bos], self._unit(i), [self.tokenizer.eos]]).astype(
+          np.int32)
+
+    def advance(i: int) -> int:
+      if i + 1 == len(self._validation):
+        raise StopIteration
+      return i + 1
+
+    if len(self._validation):
+      packer = Packer(document, advance, length, self._data.isolate, Position(0, 0))
+      while True:
+        try:
+          yield packer.next()
+        except StopIteration:
+          return
+
+
+def prepare(data: config.Data, vocab_size: int, workdir: str,
+            progress: tokenize.Progress | None = None) -> Corpus:
+  """Makes a corpus ready: checks the sources, then trains or loads the tokenizer, then tokenizes.
+
+  What exists is used again: `workdir/tokenizer.json`, and under `workdir/data` the shards of equal
+  files (by path, size and time) and an equal tokenizer.
+
+  Args:
+    data: the config section.
+    vocab_size: rows of the model's embedding.
+    workdir: created if need be.
+    progress: called with (stage, bytes done, bytes in all or 0).
+
+  Raises:
+    ConfigError: see `sources.resolve`, `sources.documents`, `Tokenizer`, `shards.Shards`; an
+      unwritable workdir; too little text.
+  """
+  resolved = [sources_lib.resolve(spec, data.max_document_bytes) for spec in data.sources]
+  ready = {s.spec: shards_lib.Shards(s.spec.removeprefix("shards:"))
+           for s in resolved if s.kind == "shards"}
+  try:
+    os.makedirs(os.path.join(workdir, "data"), exist_ok=True)
+    tokenizer = _tokenizer(data, vocab_size, workdir, resolved, list(ready.values()), progress)
+    for shards in ready.values():
+      shards.check_tokenizer(tokenizer)
+    folders = []
+    for source in resolved:
+      if source.kind == "shards":
+        folders.append(ready[source.spec].folder)
+        continue
+      name = tokenize.fingerprint(source, tokenizer, data.text_key, data.max_document_bytes)
+      folder = os.path.join(workdir, "data", name)
+      tokenize.tokenize([source], tokenizer, folder, text_key=data.text_key,
+                        max_document_bytes=data.max_document_bytes, progress=progress)
+      folders.append(folder)
+  except OSError as error:
+    raise ConfigError(f"the workdir {workdir} cannot be written: {error}") from None
+  return Corpus(data, tokenizer, folders)
+
+
+def _tokenizer(data: config.Data, vocab_size: int, workdir: str,
+               resolved: list[sources_lib.Source], ready: list[shards_lib.Shards],
+               progress: tokenize.Progress | None) -> Tokenizer:
+  """The workdir's tokenizer; made there first if it has none."""
+  path = os.path.join(workdir, "tokenizer.json")
+  given = Tokenizer.load(data.tokenizer, vocab_size) if data.tokenizer else None
+  if os.path.exists(path):
+    tokenizer = Tokenizer.load(path, vocab_size)
+    if given is not None and given.hash != tokenizer.hash:
+      raise ConfigError(f"{path} differs from data.tokenizer={data.tokenizer!r}; take another "
+                        "workdir, or set data.tokenizer to the workdir's")
+    return tokenizer
+  if given is not None:
+    tokenizer = given
+  elif ready:
+    tokenizer = ready[0].tokenizer(vocab_size)
+  else:
+    def keep(text: bytes) -> bool:
+      return not units.held_out(shards_lib.content_hash(text), data.validation_fraction)
+
+    tokenizer = tokenize.train(resolved, vocab_size, data.text_key, data.max_document_bytes, keep,
+                               progress)
+  shards_lib.write_file(path, tokenizer.to_json().encode())
+  return tokenizer
