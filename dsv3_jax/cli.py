@@ -4,8 +4,9 @@ This file alone turns what a person types into a `Config`: an experiment's `get_
 locked ConfigDict, `--config.key=value` overrides it, and `config.from_dict` checks the whole. All
 of that happens before jax is imported, so a mistake costs no start-up time.
 
-Exit codes: 0 done; 2 bad input, said in one line; 130 or 143 interrupted by SIGINT or SIGTERM
-(training saves a checkpoint first). Anything unexpected keeps its traceback.
+Exit codes: 0 done; 2 bad input and 1 a run that cannot go on, both with a message that says what to
+do; 130 or 143 interrupted by SIGINT or SIGTERM (training saves a checkpoint first). Anything
+unexpected keeps its traceback (and Python's exit code 1).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -56,17 +58,17 @@ def run(argv: Sequence[str]) -> int:
   except Exception as error:
     if not _is_for_user(error):
       raise
-    print(f"dsv3: error: {_one_line(error)}", file=sys.stderr)
-    return 2
+    print(f"dsv3: error: {_message(error)}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError | OSError) else 1
 
 
 def _is_for_user(error: Exception) -> bool:
-  """Whether the message says all: raised by this package on purpose, or a file's trouble.
+  """Whether the message says all: an error class of this package, or a file's trouble.
 
-  A ValueError is for the user (CONTRIBUTING.md) where this package raised it; one that comes from
-  inside jax or numpy is a fault of ours, whose traceback is needed.
+  A plain ValueError is for the user (CONTRIBUTING.md) where this package raised it; one that comes
+  from inside jax or numpy is a fault of ours, whose traceback is needed.
   """
-  if isinstance(error, ConfigError):
+  if type(error).__module__.startswith("dsv3_jax."):
     return True
   if isinstance(error, OSError):
     return error.filename is not None
@@ -77,10 +79,8 @@ def _is_for_user(error: Exception) -> bool:
   return isinstance(error, ValueError) and module.startswith("dsv3_jax.")
 
 
-def _one_line(error: Exception) -> str:
-  if isinstance(error, OSError):
-    return f"{error.filename}: {error.strerror}"
-  return " ".join(str(error).split())
+def _message(error: Exception) -> str:
+  return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -108,12 +108,72 @@ def _report(args: argparse.Namespace) -> int:
   return 0
 
 
-def _convert(args: argparse.Namespace) -> int:
-  raise NotImplementedError
-
-
 def _tokenize(args: argparse.Namespace) -> int:
-  raise NotImplementedError
+  from dsv3_jax.data import tokenize
+
+  last = [""]
+
+  def progress(stage: str, done: int, total: int) -> None:
+    share = f"{done / total:4.0%} of {total / 1e6:,.1f} MB" if total else f"{done / 1e6:,.1f} MB"
+    if sys.stderr.isatty():
+      print(f"\r{stage}: {share}   ", end="", file=sys.stderr, flush=True)
+    elif stage != last[0]:
+      print(f"{stage} ...", file=sys.stderr)
+    last[0] = stage
+
+  made = tokenize.tokenize(args.source, args.tokenizer, args.out, text_key=args.text_key,
+                           max_document_bytes=args.max_document_bytes,
+                           vocab_size=args.vocab_size, progress=progress)
+  if sys.stderr.isatty() and last[0]:
+    print(file=sys.stderr)
+  tokens = sum(made.index["shards"])
+  print(f"{args.out}: {len(made):,} documents, {tokens:,} tokens; use it with "
+        f"--config.data.sources=shards:{args.out}")
+  return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+  source, target = Path(args.source), Path(args.target)
+  if (source / "checkpoints").is_dir():
+    _export(source, target, args)
+  elif (source / "config.json").is_file():
+    if args.step is not None or args.ema:
+      raise ConfigError(f"--step and --ema choose a checkpoint; {source} is a model folder")
+    _rewrite(source, target, args)
+  else:
+    raise ConfigError(f"{source} holds neither checkpoints/ nor config.json; give the workdir of a "
+                      "run or a Hugging Face model folder")
+  print(target)
+  return 0
+
+
+def _export(workdir: Path, target: Path, args: argparse.Namespace) -> None:
+  """A run's checkpoint as a Hugging Face folder, with its tokenizer."""
+  from flax import nnx
+
+  from dsv3_jax.data.tokenizer import Tokenizer
+  from dsv3_jax.interop import huggingface
+  from dsv3_jax.train import checkpoint, state
+
+  params, buffers, meta = checkpoint.load_params(str(workdir), args.step, args.ema)
+  config = config_lib.from_dict(meta["config"])
+  graphdef = state.split(nnx.eval_shape(lambda: state.build_model(config.model, seed=0)))[0]
+  model = nnx.merge(graphdef, params, buffers)
+  file = workdir / "tokenizer.json"
+  tokens = {}
+  if file.is_file():
+    tokenizer = Tokenizer.load(str(file))
+    tokens = dict(tokenizer=file, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
+  huggingface.save(model, target, args.dtype, **tokens)
+
+
+def _rewrite(source: Path, target: Path, args: argparse.Namespace) -> None:
+  """A Hugging Face folder in another dtype: FP8 weights are dequantized, for example."""
+  from dsv3_jax.interop import huggingface
+
+  model = huggingface.load(source, args.dtype or "bfloat16")
+  file = source / "tokenizer.json"
+  huggingface.save(model, target, tokenizer=file if file.is_file() else None)
 
 
 # --- configs ------------------------------------------------------------------------------------
@@ -123,7 +183,8 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
   """The validated Config of an experiment file with overrides applied.
 
   Args:
-    spec: path of a Python file that defines `get_config`, with an optional ":arg" for it.
+    spec: path of a Python file that defines `get_config`, with an optional ":arg" for it; or of
+      a config.json, as a run writes it.
     overrides: (dotted key, text) pairs, later ones winning.
 
   Raises:
@@ -133,12 +194,12 @@ def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
   from ml_collections import config_dict  # here, so that --help does not wait for it
 
   path, arg = _split_spec(spec)
-  returned = _get_config(path, arg)
+  returned = _read_json(path) if path.suffix == ".json" else _get_config(path, arg)
   if isinstance(returned, config_dict.ConfigDict):
     returned = returned.to_dict()
   if not isinstance(returned, Config | dict):
-    raise ConfigError(f"{path}: get_config returned a {type(returned).__name__}; a "
-                      "dsv3_jax.config.Config or a ConfigDict is expected")
+    raise ConfigError(f"--config={path}: a dsv3_jax.config.Config or a ConfigDict is expected, not "
+                      f"a {type(returned).__name__}")
   given = config_lib.to_dict(returned) if isinstance(returned, Config) else returned
   tree = config_dict.ConfigDict(config_lib.to_dict(Config()))
   tree.lock()
@@ -183,26 +244,25 @@ def _parse_scalar(hint: type, text: str) -> Any:
   if hint is str:
     return text
   if hint is bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()] \
-        if text.lower() in ("true", "1", "false", "0") else _refuse(text)
-  number = float(text)
-  if hint is int:
-    try:
-      return int(text)
-    except ValueError:
-      return int(number) if number.is_integer() else _refuse(text)
-  return number
+    truth = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in truth:
+      raise ValueError(text)
+    return truth[text.lower()]
+  if hint is float:
+    return float(text)
+  try:
+    return int(text)
+  except ValueError:
+    number = float(text)  # 1e6
+    if not number.is_integer():
+      raise
+    return int(number)
 
 
 def _parse_tuple(hint: type, text: str) -> tuple[Any, ...]:
-  if text[:1] in ("(", "["):
-    values = ast.literal_eval(text)
-    return tuple(v if isinstance(v, hint) else _parse_scalar(hint, str(v)) for v in values)
-  return tuple(_parse_scalar(hint, part.strip()) for part in text.split(",") if part.strip())
-
-
-def _refuse(text: str) -> Any:
-  raise ValueError(text)
+  literal = text[:1] in ("(", "[")
+  parts = ast.literal_eval(text) if literal else [p.strip() for p in text.split(",") if p.strip()]
+  return tuple(_parse_scalar(hint, str(part)) for part in parts)
 
 
 def _split_spec(spec: str) -> tuple[Path, str | None]:
@@ -210,14 +270,26 @@ def _split_spec(spec: str) -> tuple[Path, str | None]:
   return Path(path), arg or None
 
 
+def _require_file(path: Path) -> None:
+  if path.is_file():
+    return
+  files = [str(p) for p in sorted(path.parent.glob(f"*{path.suffix or '.py'}"))]
+  near = difflib.get_close_matches(str(path.with_suffix(path.suffix or ".py")), files, n=1)
+  hint = f"; did you mean {near[0]}?" if near else ""
+  raise ConfigError(f"--config={path}: no such file{hint}")
+
+
+def _read_json(path: Path) -> Any:
+  _require_file(path)
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ConfigError(f"--config={path}: not JSON: {error}") from error
+
+
 def _get_config(path: Path, arg: str | None) -> Any:
   """What the experiment file's `get_config` returns; its own exceptions pass through."""
-  if not path.is_file():
-    names = [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), [*names, *(n.removesuffix(".py") for n in names)],
-                                     n=1)
-    hint = f"; did you mean {near[0].removesuffix('.py')}.py?" if near else ""
-    raise ConfigError(f"--config={path}: no such file{hint}")
+  _require_file(path)
   spec = importlib.util.spec_from_file_location(f"dsv3_experiment_{path.stem}", path)
   if spec is None or spec.loader is None:
     raise ConfigError(f"--config={path}: not a Python file")
@@ -311,6 +383,44 @@ def _parser() -> argparse.ArgumentParser:
       "  dsv3 report runs/tiny")
   report.add_argument("workdir", metavar="WORKDIR")
 
+  tokenize = _command(
+      commands, "tokenize", _tokenize, "turn text into shards that training maps into memory",
+      "Tokenize text once, for corpora that exceed memory or serve many runs. Memory use does not\n"
+      "grow with the corpus. The folder appears under its name when it is complete.",
+      "  dsv3 tokenize --out=corpus --vocab-size=32064 'texts/**/*.txt'\n"
+      "  dsv3 tokenize --out=corpus --tokenizer=tokenizer.json --text-key=content web.jsonl.gz\n"
+      "  dsv3 train --config=experiments/tiny.py --config.data.sources=shards:corpus")
+  tokenize.add_argument("source", nargs="+", metavar="SOURCE",
+                        help="file, folder, glob, hf:NAME, or stdlib, as in data.sources")
+  tokenize.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+  tokenize.add_argument("--tokenizer", default="", metavar="FILE",
+                        help="a tokenizer.json (default: train one on the sources)")
+  defaults = config_lib.Data()
+  tokenize.add_argument("--vocab-size", type=int, default=config_lib.Model().vocab_size,
+                        metavar="N", help="of a tokenizer to be trained (default: %(default)s)")
+  tokenize.add_argument("--text-key", default=defaults.text_key, metavar="KEY",
+                        help="field of JSONL and Parquet records (default: %(default)s)")
+  tokenize.add_argument("--max-document-bytes", type=int, default=defaults.max_document_bytes,
+                        metavar="N", help="longest document taken (default: %(default)s)")
+
+  convert = _command(
+      commands, "convert", _convert, "to and from Hugging Face folders",
+      "A run's workdir becomes a folder that transformers loads (DeepseekV3ForCausalLM). A\n"
+      "Hugging Face folder becomes a workdir, to be trained on, or with --to=hf a folder of\n"
+      "another dtype (FP8 weights are dequantized).",
+      "  dsv3 convert runs/tiny exported\n"
+      "  dsv3 convert runs/tiny exported --step=600 --ema --dtype=bfloat16\n"
+      "  dsv3 convert DeepSeek-V3 runs/v3\n"
+      "  dsv3 convert DeepSeek-V3 DeepSeek-V3-bf16 --to=hf --dtype=bfloat16")
+  convert.add_argument("source", metavar="SOURCE", help="workdir of a run, or Hugging Face folder")
+  convert.add_argument("target", metavar="TARGET", help="folder to make")
+  convert.add_argument("--to", choices=("hf", "workdir"),
+                       help="what to make (default: the other kind than SOURCE)")
+  convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                       help="of the tensors in a Hugging Face folder (default: as in SOURCE)")
+  convert.add_argument("--step", type=int, metavar="N",
+                       help="checkpoint of the run to take (default: the last)")
+  convert.add_argument("--ema", action="store_true", help="take the averaged parameters")
   return parser
 
 
