@@ -1,0 +1,64 @@
+"""PartitionSpecs from the shape letters that names end in (HOUSE "Names and shapes")."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3_jax.parallel import mesh as mesh_lib
+
+# Which mesh axis cuts which letter. Parameters carry no B, so they are replicated.
+RULES = {"B": mesh_lib.DATA}
+
+
+def spec(name: str, ndim: int | None = None, rules: dict[str, str] | None = None) -> PartitionSpec:
+  """The PartitionSpec of an array named `name`, e.g. "tokens_BT" or "w_gate_EDF".
+
+  Args:
+    name: a name whose part after the last underscore is its shape letters, or has none.
+    ndim: the array's rank; where it exceeds the letters, the leading axes (stacked layers,
+      micro-batches) are not cut.
+    rules: letter -> mesh axis; `RULES` where None.
+
+  Raises:
+    ValueError: two letters of one name fall on the same mesh axis, or `ndim` is below the number
+      of letters.
+  """
+  rules = RULES if rules is None else rules
+  _, cut, letters = name.rpartition("_")
+  if not cut or not letters.isalpha() or not letters[0].isupper():
+    letters = ""
+  ndim = len(letters) if ndim is None else ndim
+  if ndim < len(letters):
+    raise ValueError(f"{name}: {len(letters)} shape letters on an array of rank {ndim}")
+  axes = [rules.get(letter) for letter in letters]
+  used = [axis for axis in axes if axis is not None]
+  if len(set(used)) != len(used):
+    raise ValueError(f"{name}: two of its letters fall on one mesh axis ({', '.join(used)})")
+  return PartitionSpec(*([None] * (ndim - len(letters)) + axes)) if used else PartitionSpec()
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """For [A, B, S] batches: micro-batches after one another, sequences over `data`."""
+  return NamedSharding(mesh, spec("tokens_BS", ndim=3))
+
+
+def varying(tree: Any, axes: tuple[str, ...]) -> Any:
+  """Inside `shard_map`: marks every leaf as differing between the devices of `axes`.
+
+  No data moves; leaves that differ already stay as they are. What is differentiated with respect
+  to varying values gives each device its own gradient, to be summed once.
+  """
+
+  def cast(x):
+    aval = jax.typeof(x)
+    have = aval.vma if hasattr(aval, "vma") else aval.mat.varying  # renamed between jax versions
+    missing = tuple(a for a in axes if a not in have)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(cast, tree) if axes else tree

@@ -1,0 +1,378 @@
+"""Checkpoints with Orbax: asynchronous, atomic, verified, independent of the mesh.
+
+    workdir/checkpoints/00000200/arrays/...        Orbax: params, buffers, optimizer, ema
+                                 checkpoint.json   step, tokens, config, data-iterator state,
+                                                   validation loss, size and CRC-32 of each file
+
+Arrays are saved under their parameter paths and global shapes; restoring gives them the
+shardings asked for, whatever mesh wrote them. A save goes to `00000200.tmp` and is renamed when
+complete, so a folder with a plain number is a whole checkpoint unless its disk failed, which the
+sizes and sums tell. Saving blocks the training thread only to hand over a copy of the state.
+
+Local file systems (or mounted ones) only: the atomic rename is the file system's.
+"""
+
+import concurrent.futures
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dsv3_jax import files
+from dsv3_jax.train.ema import snapshot
+from dsv3_jax.train.state import TrainState
+
+_SIDECAR = "checkpoint.json"
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint that could not be written or read; earlier ones are untouched."""
+
+
+class Restored(NamedTuple):
+  state: TrainState
+  ema: Any  # nested dict of numpy arrays, or None
+  meta: dict[str, Any]
+
+
+# --- trees on disk --------------------------------------------------------------------------------
+
+
+def _key(entry: Any) -> str:
+  for name in ("key", "name", "idx"):
+    if hasattr(entry, name):
+      return str(getattr(entry, name))
+  return str(entry)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """A pytree as {"a/b/w_DD": leaf}: what is on disk does not know our container types."""
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {"/".join(map(_key, path)): leaf for path, leaf in paths}
+
+
+def unflatten(flat: dict[str, Any], like: Any) -> Any:
+  """Inverse of `flatten`, with the structure of `like`."""
+  return jax.tree.unflatten(jax.tree.structure(like), [flat[k] for k in flatten(like)])
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+  """{"a/b": x} as nested dictionaries."""
+  tree: dict[str, Any] = {}
+  for key, leaf in flat.items():
+    *parents, last = key.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+  """The state in the units that a reader may want apart."""
+  counters = {"step": state.step, "bad_steps": state.bad_steps, "skipped": state.skipped}
+  return {"params": flatten(state.params), "buffers": flatten(state.buffers),
+          "optimizer": flatten({"state": state.opt_state, **counters})}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _files(folder: str) -> list[str]:
+  return sorted(os.path.relpath(os.path.join(root, name), folder)
+                for root, _, names in os.walk(folder) for name in names if name != _SIDECAR)
+
+
+def _crc(path: str) -> int:
+  value = 0
+  with open(path, "rb") as f:
+    while block := f.read(1 << 22):
+      value = zlib.crc32(block, value)
+  return value
+
+
+def _inventory(folder: str) -> dict[str, list[int]]:
+  paths = {name: os.path.join(folder, name) for name in _files(folder)}
+  return {name: [os.path.getsize(path), _crc(path)] for name, path in paths.items()}
+
+
+def _damage(folder: str, meta: dict[str, Any]) -> str | None:
+  """What is wrong with a checkpoint's files, or None."""
+  for name, (size, crc) in meta["files"].items():
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+      return f"{name} is missing"
+    if os.path.getsize(path) != size:
+      return f"{name} has {os.path.getsize(path)} bytes instead of {size}"
+    if _crc(path) != crc:
+      return f"{name} has changed since it was written"
+  return None
+
+
+def _read_sidecar(folder: str) -> dict[str, Any]:
+  with open(os.path.join(folder, _SIDECAR)) as f:
+    return json.load(f)
+
+
+def _steps(root: str) -> list[int]:
+  if not os.path.isdir(root):
+    return []
+  return sorted(int(name) for name in os.listdir(root) if name.isdigit())
+
+
+def _folder(root: str, step: int) -> str:
+  return os.path.join(root, f"{step:08d}")
+
+
+def _save_context() -> ocp.Context:
+  context = ocp.Context()
+  context.array.saving.use_compression = False  # fp32 weights do not compress
+  return context
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Args:
+    workdir: the run's folder.
+    keep_last: newest checkpoints kept.
+    keep_best: checkpoints kept for their validation loss besides.
+  """
+
+  def __init__(self, workdir: str, keep_last: int = 2, keep_best: int = 1):
+    self._root = os.path.join(workdir, "checkpoints")
+    self._keep_last = keep_last
+    self._keep_best = keep_best
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._pending: concurrent.futures.Future | None = None
+    os.makedirs(self._root, exist_ok=True)
+    unfinished = []
+    for name in sorted(os.listdir(self._root)):
+      if name.endswith((".tmp", ".delete")):
+        unfinished += [name] if name.endswith(".tmp") else []
+        shutil.rmtree(os.path.join(self._root, name), ignore_errors=True)
+    if unfinished:
+      latest = self.steps()[-1:]
+      use = f"using step {latest[0]}" if latest else "there is no earlier one"
+      warnings.warn(f"checkpoint of step {int(unfinished[-1].split('.')[0])} was not finished when "
+                    f"the run ended; removed, {use}", stacklevel=2)
+
+  def steps(self) -> list[int]:
+    """Steps that have a checkpoint, oldest first."""
+    return _steps(self._root)
+
+  # --- saving
+
+  def save(self, state: TrainState, meta: dict[str, Any],
+           ema: concurrent.futures.Future | None = None) -> None:
+    """Starts a save of `state` as of `meta["step"]` and returns; `state` may be donated after.
+
+    Args:
+      state: the training state; saved with its global shapes.
+      meta: JSON-able; "step" and "val_loss" (or None) are used here.
+      ema: gives (tree of numpy arrays or None, updates).
+
+    Raises:
+      CheckpointError: this save does not fit on the disk, or the previous one failed.
+    """
+    self.wait()
+    step = meta["step"]
+    parts = _parts(state)
+    needed = sum(x.nbytes for x in jax.tree.leaves(parts))
+    if ema is not None:
+      needed += sum(x.nbytes for x in parts["params"].values())
+    free = shutil.disk_usage(self._root).free
+    if free < needed:
+      raise self._error(step, f"it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+    temporary = _folder(self._root, step) + ".tmp"
+
+    def start(parts: dict[str, Any]) -> Any:
+      with _save_context():
+        return ocp.save_checkpointables_async(os.path.join(temporary, "arrays"), parts)
+
+    # On a CPU, host memory and device memory are one and Orbax would read buffers that the next
+    # step overwrites: copy first, and hand over in the background. Elsewhere Orbax copies to the
+    # host before it returns.
+    on_cpu = next(iter(jax.tree.leaves(parts)[0].devices())).platform == "cpu"
+    try:
+      begun = snapshot(parts) if on_cpu else start(parts)
+    except Exception as e:
+      raise self._error(step, e) from e
+
+    def finish() -> None:
+      try:
+        (start(begun) if on_cpu else begun).result()
+        extra = dict(meta)
+        if ema is not None:
+          values, extra["ema_updates"] = ema.result()
+          if values is not None:
+            with _save_context():
+              ocp.save_checkpointables(os.path.join(temporary, "ema"), {"params": flatten(values)})
+        extra["files"] = _inventory(temporary)
+        files.write_atomic(os.path.join(temporary, _SIDECAR), json.dumps(extra))
+        final = _folder(self._root, step)
+        if os.path.exists(final):
+          self._delete(step)
+        os.replace(temporary, final)
+        self._retain()
+      except BaseException as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise self._error(step, e) from e
+
+    self._pending = self._pool.submit(finish)
+
+  def poll(self) -> None:
+    """Raises the error of a save that has failed meanwhile; never waits."""
+    if self._pending is not None and self._pending.done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits for the save in progress, and raises its error."""
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      pending.result()
+
+  def close(self) -> None:
+    """Waits, and ends the background thread."""
+    try:
+      self.wait()
+    finally:
+      self._pool.shutdown()
+
+  def _error(self, step: int, reason: Any) -> CheckpointError:
+    if isinstance(reason, OSError):
+      reason = f"{reason.strerror or reason}"
+    reason = str(reason).strip().splitlines()[-1] if str(reason).strip() else repr(reason)
+    steps = self.steps()
+    kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
+    return CheckpointError(f"could not save the checkpoint of step {step} under {self._root}: "
+                           f"{reason}; {kept}. Free some space (or see to the disk), and run the "
+                           "same command to go on from there.")
+
+  def _delete(self, step: int) -> None:
+    doomed = _folder(self._root, step) + ".delete"
+    os.replace(_folder(self._root, step), doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+  def _retain(self) -> None:
+    """Deletes what neither keep_last nor keep_best wants."""
+    steps = self.steps()
+    keep = set(steps[-self._keep_last:])
+    losses = []
+    for step in steps:
+      try:
+        loss = _read_sidecar(_folder(self._root, step)).get("val_loss")
+      except (OSError, ValueError):
+        continue
+      if loss is not None and np.isfinite(loss):
+        losses.append((loss, step))
+    keep |= {step for _, step in sorted(losses)[:self._keep_best]}
+    for step in steps:
+      if step not in keep:
+        self._delete(step)
+
+  # --- restoring
+
+  def restore(self, abstract: TrainState) -> Restored | None:
+    """The newest checkpoint that is whole, or None where there is none at all.
+
+    Args:
+      abstract: the state as ShapeDtypeStructs with the shardings wanted.
+
+    A damaged checkpoint is set aside as `NUMBER.damaged` with one warning that says what is
+    wrong.
+
+    Raises:
+      CheckpointError: there are checkpoints and none is whole.
+    """
+    damage = None
+    for step in reversed(self.steps()):
+      folder = _folder(self._root, step)
+      try:
+        meta = _read_sidecar(folder)
+        damage = _damage(folder, meta)
+        if damage is None:
+          restored = self._load(folder, meta, abstract)
+      except Exception as e:  # any error of the reader means that this one is of no use
+        damage = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
+      if damage is None:
+        return restored
+      earlier = [s for s in self.steps() if s < step]
+      use = f"using step {earlier[-1]}" if earlier else "there is no earlier one"
+      aside = folder + ".damaged"
+      shutil.rmtree(aside, ignore_errors=True)
+      os.replace(folder, aside)
+      warnings.warn(f"checkpoint of step {step} is damaged ({damage}); moved to {aside}, {use}",
+                    stacklevel=2)
+    if damage is not None:
+      raise CheckpointError(f"no checkpoint under {self._root} is whole; restore one from a copy, "
+                            "or give another --workdir to start again")
+    return None
+
+  def _load(self, folder: str, meta: dict[str, Any], abstract: TrainState) -> Restored:
+    parts = _parts(abstract)
+    arrays = ocp.load_checkpointables(os.path.join(folder, "arrays"), parts)
+    optimizer = arrays["optimizer"]
+    counters = {k: optimizer.pop(k) for k in ("step", "bad_steps", "skipped")}
+    opt_state = unflatten({k.removeprefix("state/"): v for k, v in optimizer.items()},
+                          abstract.opt_state)
+    state = TrainState(unflatten(arrays["params"], abstract.params),
+                       unflatten(arrays["buffers"], abstract.buffers), opt_state, **counters)
+    ema = None
+    if os.path.isdir(os.path.join(folder, "ema")):
+      ema = nest(_load_part(os.path.join(folder, "ema"), "params", np.asarray))
+    return Restored(state, ema, meta)
+
+
+def _load_part(folder: str, part: str, convert: Callable = lambda x: x) -> dict[str, Any]:
+  """One checkpointable on this process's first device, by the shapes that the folder states."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  metadata = ocp.checkpointables_metadata(folder).metadata[part]
+  abstract = {k: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device)
+              for k, m in metadata.items()}
+  arrays = ocp.load_checkpointables(folder, {part: abstract})[part]
+  return {k: convert(v) for k, v in arrays.items()}
+
+
+def load_params(workdir: str, step: int | None = None, ema: bool = False) -> tuple[Any, Any, dict]:
+  """Parameters and router biases of a run, for evaluation, sampling or conversion.
+
+  Args:
+    workdir: the run's folder.
+    step: which checkpoint; the newest where None.
+    ema: the averaged parameters in place of the last ones.
+
+  Returns:
+    (params, buffers, meta): nested dictionaries of jax arrays on the first local device, as
+    `state.split` gives them, and the checkpoint's meta (step, tokens, config, ...).
+
+  Raises:
+    CheckpointError: there is no such checkpoint, it is damaged, or it holds no EMA.
+  """
+  root = os.path.join(os.path.abspath(os.path.expanduser(workdir)), "checkpoints")
+  steps = _steps(root)
+  if not steps or (step is not None and step not in steps):
+    wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+    have = ", ".join(map(str, steps)) or "none"
+    raise CheckpointError(f"{root} holds no {wanted.removeprefix('a ')}; steps there: {have}")
+  folder = _folder(root, steps[-1] if step is None else step)
+  try:
+    meta = _read_sidecar(folder)
+    damage = _damage(folder, meta)
+  except (OSError, ValueError) as e:
+    damage = str(e)
+  if damage is not None:
+    raise CheckpointError(f"checkpoint {folder} is damaged: {damage}; name another step "
+                          f"({', '.join(map(str, steps))})")
+  arrays = os.path.join(folder, "arrays")
+  if ema and not os.path.isdir(os.path.join(folder, "ema")):
+    raise CheckpointError(f"checkpoint {folder} holds no EMA (optim.ema_decay was 0)")
+  params = _load_part(os.path.join(folder, "ema") if ema else arrays, "params")
+  return nest(params), nest(_load_part(arrays, "buffers")), meta

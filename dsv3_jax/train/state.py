@@ -1,0 +1,115 @@
+"""The training state: plain nested dictionaries of arrays in one dataclass.
+
+`nnx.split` gives the graph definition and the variables; the variables are kept as pure
+dictionaries, so that jit dispatch, checkpoints and the host EMA see ordinary pytrees.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsv3_jax import config
+from dsv3_jax.model.routing import RouterBias
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything on the devices that a step changes.
+
+  Attributes:
+    params: nested dict of fp32 master weights, the paths of the model's attributes.
+    buffers: nested dict of router biases, fp32.
+    opt_state: of `optim.make_optimizer`.
+    step: int32, steps taken, skipped ones included.
+    bad_steps: int32, skipped steps in a row up to now.
+    skipped: int32, skipped steps of the whole run.
+
+  Tokens seen are exact integers on the host (`schedules.BatchSchedule.tokens_before`): they
+  outgrow int32, and the devices need only what the schedules make of them.
+  """
+
+  params: Any
+  buffers: Any
+  opt_state: Any
+  step: jax.Array
+  bad_steps: jax.Array
+  skipped: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+  """Scheduled numbers of one step, arguments of the compiled step; fp32 scalars.
+
+  Attributes:
+    lr: learning rate.
+    bias_speed: gamma of the router-bias update.
+    mtp_weight: lambda of the MTP loss.
+    micro_batches: int32, how many of the batch's leading axis to use (the rest is padding), so
+      that one compiled step serves every stage of the batch ramp; None uses all.
+  """
+
+  lr: Any
+  bias_speed: Any
+  mtp_weight: Any
+  micro_batches: Any = None
+
+
+def build_model(model_config: config.Model, seed: int) -> Transformer:
+  """The model with fp32 parameters drawn from `seed`."""
+  return Transformer(model_config, rngs=nnx.Rngs(seed), dtype=jnp.float32)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
+  """(graph definition, parameters, router biases), the last two as pure dictionaries."""
+  graphdef, params, buffers = nnx.split(model, nnx.Param, RouterBias)
+  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+
+
+def make_state(params: Any, buffers: Any,
+               optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first step."""
+  zero = lambda: jnp.zeros([], jnp.int32)
+  return TrainState(params, buffers, optimizer.init(params), zero(), zero(), zero())
+
+
+def initializer(
+    build: Callable[[], nnx.Module], optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
+  """What is needed to begin or to restore a run.
+
+  Args:
+    build: constructs the model; traced, never run eagerly.
+    optimizer: of `optim.make_optimizer`.
+    mesh: where the state lives, replicated; one device where None.
+
+  Returns:
+    The graph definition, the abstract state (shapes, dtypes, shardings), and a compiled function
+    that makes the initial state.
+  """
+  graphdef = split(nnx.eval_shape(build))[0]
+
+  def init() -> TrainState:
+    _, params, buffers = split(build())
+    return make_state(params, buffers, optimizer)
+
+  where = (jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh is None
+           else sharding.replicated(mesh))
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                          jax.eval_shape(init))
+  return graphdef, abstract, jax.jit(init, out_shardings=where)
+
+
+def count(tree: Any) -> int:
+  """Elements in a tree of arrays (or abstract arrays)."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

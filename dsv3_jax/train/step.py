@@ -1,0 +1,170 @@
+"""One optimizer step: gradients over micro-batches and data shards, AdamW, router biases.
+
+    state, metrics = train_step(state, batch, hyper)
+
+A plain `jax.jit` with the state donated. The batch is [A, B, T+1]: A micro-batches are run one
+after another, their fp32 gradients summed (A == 1 has no accumulator). With a mesh, `shard_map`
+(`check_vma=True`) gives each device B / data sequences; parameters are cast to varying before
+differentiation, so that gradients stay local until one psum adds them with the statistics.
+The loss is normalised by the target tokens of the whole global batch, and expert counts are those
+of the whole global batch: neither depends on how the batch was cut.
+
+A step whose loss or gradient norm is not finite changes nothing but the counters: each new value
+is selected against the old one inside the very pass that computes it, so the check is free.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from dsv3_jax import config
+from dsv3_jax.model import loss as loss_lib
+from dsv3_jax.model import routing
+from dsv3_jax.parallel import mesh as mesh_lib
+from dsv3_jax.parallel import sharding
+from dsv3_jax.train.state import Hyper, TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def _target_tokens(batch: Batch, micros: Any, axes: tuple[str, ...], shards: int) -> jax.Array:
+  """Target tokens of the global batch, fp32, given this shard's [A, B, T+1]."""
+  _, B, S = batch["tokens"].shape
+  if "mask" not in batch and "segments" not in batch:
+    return jnp.asarray(micros * (B * (S - 1) * shards), jnp.float32)
+  flat = {k: v.reshape(-1, S) for k, v in batch.items()}  # padding micro-batches weigh nothing
+  targets = loss_lib.target_tokens(flat)
+  return jnp.maximum(jax.lax.psum(targets, axes) if axes else targets, 1)
+
+
+def _slice(batch: Batch, i: Any) -> Batch:
+  return {k: jax.lax.dynamic_index_in_dim(v, i, 0, keepdims=False) for k, v in batch.items()}
+
+
+def update_biases(buffers: Any, counts_LE: jax.Array, speed: jax.Array) -> Any:
+  """The router biases after one step; rows of `counts_LE` are the MoE layers, then MTP's."""
+  row = 0
+  new = {}
+  for stack in ("moe", "mtp"):
+    if stack not in buffers:
+      continue
+
+    def update(bias_LE, first=row):
+      return routing.update_bias(bias_LE, counts_LE[first:first + bias_LE.shape[0]], speed)
+
+    new[stack] = jax.tree.map(update, buffers[stack])
+    row += jax.tree.leaves(buffers[stack])[0].shape[0]
+  assert row == counts_LE.shape[0] and set(new) == set(buffers), (row, counts_LE.shape)
+  return new
+
+
+def gradients(graphdef: nnx.GraphDef, cfg: config.Config, params: Any, buffers: Any, batch: Batch,
+              hyper: Hyper, mesh: jax.sharding.Mesh | None = None,
+              loss_fn: Callable = loss_lib.loss_fn) -> tuple[Any, dict[str, jax.Array]]:
+  """Gradients of the whole batch's loss, and its summed statistics (see `loss.loss_fn`).
+
+  Args:
+    params, buffers: pure dictionaries, replicated.
+    batch: arrays [A, B, T+1], B cut over the mesh axis `data`.
+    hyper: `mtp_weight` and `micro_batches` are used.
+    loss_fn: `loss.loss_fn` or a stand-in of its signature.
+  """
+  axes = () if mesh is None else (mesh_lib.DATA,)
+  shards = 1 if mesh is None else mesh.shape[mesh_lib.DATA]
+
+  def local(params, buffers, batch, hyper):
+    static_micros = batch["tokens"].shape[0]
+    micros = static_micros if hyper.micro_batches is None else hyper.micro_batches
+    share = 1.0 / (micros * shards)
+    denominator = _target_tokens(batch, micros, axes, shards)
+    params, buffers = sharding.varying((params, buffers), axes)
+
+    def micro_gradients(micro):
+      def total(params):
+        model = nnx.merge(graphdef, params, buffers)
+        return loss_fn(model, micro, loss=cfg.loss, mtp_weight=hyper.mtp_weight,
+                       runtime=cfg.runtime, denominator=denominator, share=share, axes=axes)
+
+      (_, aux), grads = jax.value_and_grad(total, has_aux=True)(params)
+      return sharding.varying((grads, aux), axes)
+
+    if static_micros == 1:
+      grads, aux = micro_gradients(_slice(batch, 0))
+    else:
+      shapes = jax.eval_shape(micro_gradients, _slice(batch, 0))
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+      zeros = sharding.varying(zeros, axes)
+
+      def add(i, total):
+        return jax.tree.map(jnp.add, total, micro_gradients(_slice(batch, i)))
+
+      grads, aux = jax.lax.fori_loop(0, micros, add, zeros)
+    return jax.lax.psum((grads, aux), axes) if axes else (grads, aux)
+
+  if mesh is None:
+    return local(params, buffers, batch, hyper)
+  rep = PartitionSpec()
+  specs = (rep, rep, sharding.batch_sharding(mesh).spec, rep)
+  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rep)(
+      params, buffers, batch, hyper)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, cfg: config.Config, optimizer: optax.GradientTransformationExtraArgs,
+    mesh: jax.sharding.Mesh | None = None, loss_fn: Callable = loss_lib.loss_fn,
+) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
+  """The compiled step; it donates its state.
+
+  Metrics, fp32 scalars unless said otherwise: loss (main cross-entropy, nats a target token),
+  mtp_loss [depth], balance, accuracy, grad_norm (before clipping), max_vio_L, counts_LE, bad
+  (bool: this step was skipped), bad_steps (int32, in a row), skipped (int32, in the run).
+  """
+
+  def train_step(state: TrainState, batch: Batch, hyper: Hyper):
+    grads, aux = gradients(graphdef, cfg, state.params, state.buffers, batch, hyper, mesh, loss_fn)
+    with jax.named_scope("optimizer"):
+      grad_norm = optax.global_norm(grads)
+      loss = aux["loss_sum"] / jnp.maximum(aux["tokens"], 1)
+      good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params,
+                                            grad_norm=grad_norm, lr=hyper.lr)
+      params = jax.tree.map(jnp.add, state.params, updates)
+      buffers = update_biases(state.buffers, aux["counts_LE"], hyper.bias_speed)
+      select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+      params, buffers, opt_state = select((params, buffers, opt_state),
+                                          (state.params, state.buffers, state.opt_state))
+    bad = ~good
+    new = TrainState(params, buffers, opt_state, state.step + 1,
+                     jnp.where(bad, state.bad_steps + 1, 0), state.skipped + bad)
+    metrics = {
+        "loss": loss,
+        "mtp_loss": aux["mtp_loss_sum"] / jnp.maximum(aux["mtp_tokens"], 1),
+        "balance": aux["balance"],
+        "accuracy": aux["correct"] / jnp.maximum(aux["tokens"], 1),
+        "grad_norm": grad_norm,
+        "max_vio_L": routing.max_vio(aux["counts_LE"]),
+        "counts_LE": aux["counts_LE"],
+        "bad": bad,
+        "bad_steps": new.bad_steps,
+        "skipped": new.skipped,
+    }
+    return new, metrics
+
+  out = None if mesh is None else sharding.replicated(mesh)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=out)
+
+
+def pad_micro_batches(batch: dict[str, Any], micros: int) -> dict[str, Any]:
+  """Numpy batch [A, B, S] padded along A with micro-batches that count nothing."""
+  missing = micros - batch["tokens"].shape[0]
+  if missing == 0:
+    return batch
+  fill = {"segments": -1}
+  return {k: np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1),
+                    constant_values=fill.get(k, 0)) for k, v in batch.items()}
