@@ -97,6 +97,11 @@ class Tokenizer:
 
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    moved = [f"{s} {i} -> {vocabulary[s]}" for s, i in added.items() if vocabulary[s] != i]
+    if moved:
+      raise ConfigError(f"{name}: the tokenizers library renumbers added tokens that do not follow "
+                        f"the vocabulary without a gap ({', '.join(moved[:3])}); fill the gap with "
+                        "placeholders")
     missing = [s for s in SPECIAL_TOKENS.values() if s not in added]
     if missing:
       raise ConfigError(f"{name} lacks the special tokens {', '.join(missing)}; add them to its "
