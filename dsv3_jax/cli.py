@@ -16,6 +16,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shlex
 import sys
@@ -55,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
   except KeyboardInterrupt:
     print("dsv3: interrupted", file=sys.stderr)
     return 130
+  except BrokenPipeError:  # `dsv3 ... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit has a place
+    return 141
   except Exception as error:
     if not _is_for_user(error):
       raise

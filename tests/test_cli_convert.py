@@ -1,0 +1,100 @@
+"""`dsv3 convert` and `dsv3 tokenize`, on files that they really find."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax import cli
+from dsv3_jax import config as config_lib
+from dsv3_jax.data import shards
+from dsv3_jax.interop import huggingface
+from dsv3_jax.train import checkpoint, optim, state
+
+SMALL = config_lib.replace(config_lib.Config(), **{
+    "model.vocab_size": 300, "model.dim": 16, "model.layers": 2, "model.dense_ffn_dim": 16,
+    "model.attention.heads": 2, "model.attention.q_rank": 8, "model.attention.kv_rank": 8,
+    "model.attention.nope_dim": 4, "model.attention.rope_dim": 4, "model.attention.v_dim": 4,
+    "model.moe.ffn_dim": 8})
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A workdir with two checkpoints of SMALL, the second with all parameters doubled."""
+  folder = tmp_path_factory.mktemp("run")
+  _, _, init = state.initializer(lambda: state.build_model(SMALL.model, seed=3),
+                                 optim.make_optimizer(SMALL.optim))
+  first = init()
+  saver = checkpoint.Checkpoints(str(folder))
+  for step, scale in ((1, 1.0), (2, 2.0)):
+    params = jax.tree.map(lambda x, scale=scale: x * scale, first.params)
+    saver.save(state.TrainState(params, first.buffers, first.opt_state, first.step,
+                                first.bad_steps, first.skipped),
+               {"step": step, "tokens": 10 * step, "val_loss": None,
+                "config": config_lib.to_dict(SMALL)})
+  saver.close()
+  return folder, first.params
+
+
+def _params(model):
+  return state.split(model)[1]
+
+
+@pytest.mark.parametrize("words, scale", [([], 2.0), (["--step=1"], 1.0)])
+def test_a_run_becomes_a_hugging_face_folder(workdir, tmp_path, words, scale, capsys):
+  """Oracle: the parameters that were saved, bit for bit, read back from the folder."""
+  folder, params = workdir
+  assert cli.run(["convert", str(folder), str(tmp_path / "out"), *words]) == 0
+  assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+  loaded = _params(huggingface.load(tmp_path / "out"))
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b * scale), loaded, params)
+
+
+def test_a_folder_is_rewritten_in_another_dtype(workdir, tmp_path):
+  """Oracle: the config's dtype, and values rounded to bf16 once."""
+  folder, params = workdir
+  full, half = str(tmp_path / "full"), str(tmp_path / "half")
+  assert cli.run(["convert", str(folder), full, "--step=1"]) == 0
+  assert cli.run(["convert", full, half, "--to=hf", "--dtype=bfloat16"]) == 0
+  values = json.loads((tmp_path / "half" / "config.json").read_text())
+  assert "bfloat16" in (values.get("dtype"), values.get("torch_dtype"))
+  rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
+  jax.tree.map(np.testing.assert_array_equal, _params(huggingface.load(half)), rounded)
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--step=7"], "steps there: 1, 2"), (["--ema"], "holds no EMA")])
+def test_missing_checkpoints_are_named(workdir, tmp_path, words, named, capsys):
+  """Oracle: the steps that are there, and no folder left behind."""
+  assert cli.run(["convert", str(workdir[0]), str(tmp_path / "out"), *words]) in (1, 2)
+  assert named in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+
+
+def test_tokenize_makes_shards_that_decode_to_the_text(tmp_path, capsys):
+  """Oracle: the text itself."""
+  texts = [f"line {i} of a text\n" * 200 for i in range(3)]
+  for i, text in enumerate(texts):
+    (tmp_path / f"{i}.txt").write_text(text)
+  out = str(tmp_path / "corpus")
+  words = ["tokenize", f"--out={out}", "--vocab-size=300", str(tmp_path / "*.txt")]
+  assert cli.run(words) == 0
+  made = shards.Shards(out)
+  tokenizer = made.tokenizer()
+  assert sorted(tokenizer.decode(made.tokens(i)) for i in range(len(made))) == sorted(texts)
+  total = sum(len(made.tokens(i)) for i in range(len(made)))
+  stdout = capsys.readouterr().out
+  assert f"3 documents, {total:,} tokens" in stdout
+  assert f"shards:{out}" in stdout
+
+
+def test_tokenize_refuses_an_occupied_folder(tmp_path, capsys):
+  """Oracle: exit code 2 and the folder's name; what is in it stays."""
+  (tmp_path / "a.txt").write_text("text " * 1000)
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "mine").write_text("x")
+  assert cli.run(["tokenize", f"--out={tmp_path / 'out'}", "--vocab-size=300",
+                  str(tmp_path / "a.txt")]) == 2
+  assert str(tmp_path / "out") in capsys.readouterr().err
+  assert (tmp_path / "out" / "mine").read_text() == "x"
