@@ -10,7 +10,7 @@ j + J, j + 2J, ... of the shuffled order, epoch after epoch, into row j of every
 - each epoch reads each document exactly once.
 
 With `data.weights` each source is a pool of its own, and a lane draws the pool of its next document
-with a probability proportional to weight over mean length, so that weights are shares of tokens.
+with a frequency proportional to weight over mean length, so that weights are shares of tokens.
 
 Every micro-batch carries the position after it. Therefore prefetched but unused batches need no
 care: the state of the iterator is the position of the last micro-batch that was handed out.
@@ -32,6 +32,7 @@ from dsv3_jax.data.packing import Packer, Position
 from dsv3_jax.data.shards import Shards
 from dsv3_jax.data.tokenizer import NewlineSplit, Tokenizer
 
+_GOLDEN = (5**0.5 - 1) / 2
 _POOL_STREAM = 2**63  # keeps the draws of pools apart from those of documents
 
 Cursor = tuple[int, ...]  # documents taken from each pool before the current one
@@ -88,7 +89,10 @@ class Documents:
   def _pool(self, lane: int, cursor: Cursor) -> int:
     if len(self._pools) == 1:
       return 0
-    draw = _generator(self._data.seed, _POOL_STREAM + lane, sum(cursor)).random()
+    # Multiples of the golden ratio modulo 1 instead of random numbers: they fill [0, 1) evenly, so
+    # that the shares are met closely from the first documents on.
+    offset = _generator(self._data.seed, _POOL_STREAM + lane, 0).random()
+    draw = (offset + sum(cursor) * _GOLDEN) % 1.0
     return min(int(np.searchsorted(self._thresholds, draw, side="right")), len(cursor) - 1)
 
   def _shuffle(self, index: int, size: int, pool: int, epoch: int) -> int:
@@ -102,21 +106,18 @@ class Documents:
     """A document with bos and eos, some in FIM order, some combined tokens cut."""
     data, tokenizer, units = self._data, self._tokenizer, self._units
     start, length = int(units.start[unit]), int(units.length[unit])
+    rng = _generator(data.seed, unit, epoch)
+    rearrange = rng.random() < data.fim_rate
     # An isolated later part of a document gets the token before it as context, so that its own
-    # first token is predicted too.
-    context = int(data.isolate and start > 0)
+    # first token is predicted too. A rearranged part stands for itself, with bos and eos.
+    context = int(data.isolate and start > 0 and not rearrange)
     tokens = self._shards[int(units.source[unit])].tokens(
         int(units.document[unit]), start - context, length + context)
-    rng = _generator(data.seed, unit, epoch)
-    if rng.random() < data.fim_rate:
+    if rearrange:
       tokens = fim.rearrange(tokens, tokenizer, rng)
-      context = False  # a rearranged part stands for itself
-      ends = True
-    else:
-      ends = bool(units.last[unit])
     if self._split is not None:
       tokens = self._split(tokens, data.split_rate, rng)
-    begins = start == 0 or (ends and not units.last[unit])
+    begins, ends = rearrange or start == 0, rearrange or bool(units.last[unit])
     parts = [[tokenizer.bos]] * begins + [tokens] + [[tokenizer.eos]] * ends
     return np.concatenate(parts).astype(np.int32)
 

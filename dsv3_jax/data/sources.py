@@ -193,9 +193,13 @@ def _usable(file: File, max_document_bytes: int) -> bool:
     return True
   if file.size <= max_document_bytes:
     return True
-  with open(file.path, "rb") as f:
-    if b"\0" in f.read(_SNIFF) and not file.named:
-      return False
+  try:
+    with open(file.path, "rb") as f:
+      head = f.read(_SNIFF)
+  except OSError as error:
+    raise ConfigError(f"data.sources: {file.path} cannot be read: {error}") from None
+  if b"\0" in head and not file.named:
+    return False
   raise _too_long(file.path, f"{file.size:,} bytes", max_document_bytes)
 
 

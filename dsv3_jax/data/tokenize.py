@@ -115,6 +115,9 @@ def train(resolved: Sequence[sources.Source], vocab_size: int, text_key: str,
           break
 
   tokenizer = train_tokenizer(texts(), vocab_size)
+  if not done:  # a corpus of few documents may have all of them held out by `keep`
+    keep = lambda _: True  # noqa: E731
+    tokenizer = train_tokenizer(texts(), vocab_size)
   if not done:
     raise ConfigError(f"data.sources: {', '.join(s.spec for s in resolved)} gave no text to train "
                       "a tokenizer on")

@@ -198,8 +198,8 @@ class NewlineSplit:
 
   def __init__(self, tokenizer: Tokenizer):
     self.parts: dict[int, np.ndarray] = {}
-    for i in range(tokenizer.vocab_size):
-      if tokenizer.token_bytes_V[i] < 2:
+    for i, data in enumerate(tokenizer._bytes):
+      if tokenizer.token_bytes_V[i] < 2 or data[-1] not in b"\r\n":
         continue
       text = tokenizer.decode([i])
       body = text.rstrip("\r\n")

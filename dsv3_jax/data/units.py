@@ -14,7 +14,8 @@ import numpy as np
 from dsv3_jax.data.shards import Shards
 
 LARGEST = 2**15  # tokens of a unit; longer where a sequence is longer
-FEWEST = 256  # units that a corpus is cut into at least, where its documents are long
+FEWEST = 64  # units that a corpus of few documents is cut into, if its length allows
+PARTS = 256  # parts that a corpus is cut into where whole documents cannot be held out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +78,18 @@ def split(units: Units, fraction: float) -> tuple[Units, Units, bool]:
   out = held_out(units.hash, fraction)
   was_cut = fraction > 0 and (out.all() or not out.any())
   if was_cut:
-    units = cut(units, max(64, int(units.length.sum()) // FEWEST))
+    units = cut(units, max(64, int(units.length.sum()) // PARTS))
     out = held_out(units.hash, fraction)
   validation = units.take(out)
   return units.take(~out), validation.take(np.argsort(validation.hash, kind="stable")), was_cut
 
 
 def longest(units: Units, sequence_length: int) -> int:
-  """Where to cut training units: a bounded length, and enough units to shuffle."""
-  return max(sequence_length, min(LARGEST, int(units.length.sum()) // FEWEST))
+  """Where to cut training units: no further than a bounded length and enough units ask for."""
+  limit = max(LARGEST, sequence_length)
+  while limit // 2 >= sequence_length and (-(-units.length // limit)).sum() < FEWEST:
+    limit //= 2
+  return limit
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def make_text(seed: int, words: int) -> str:
 
 @pytest.fixture(scope="session")
 def texts():
-  return [make_text(i, 20 + 13 * i % 200) for i in range(64)]
+  return [make_text(i, 20 + 13 * i % 200) for i in range(100)]
 
 
 @pytest.fixture(scope="session")

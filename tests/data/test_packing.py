@@ -6,6 +6,7 @@ from dsv3_jax.data.packing import Packer, Position
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 WIDTH = st.integers(2, 17)
+START = Position(0, 0)
 
 
 def documents(lengths):
@@ -14,7 +15,7 @@ def documents(lengths):
   return [np.arange(e - n, e, dtype=np.int32) + 1 for n, e in zip(lengths, ends, strict=True)]
 
 
-def packer(docs, width, isolate, position=Position(0, 0)):
+def packer(docs, width, isolate, position=START):
   def advance(i):
     if i + 1 == len(docs):
       raise StopIteration

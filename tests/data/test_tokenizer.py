@@ -17,8 +17,9 @@ def test_special_tokens_have_the_released_spelling_and_first_ids(tokenizer):
   """Oracle: facts 4.2 (full-width bars U+FF5C, low lines U+2581; bos 0, eos 1, pad 2)."""
   assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (0, 1, 2)
   spelling = [t["content"] for t in json.loads(tokenizer.to_json())["added_tokens"]]
-  assert spelling[:3] == ["<\uff5cbegin\u2581of\u2581sentence\uff5c>",
-                          "<\uff5cend\u2581of\u2581sentence\uff5c>", "<\uff5c\u2581pad\u2581\uff5c>"]
+  assert spelling[:3] == [
+      "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+      "<\uff5c\u2581pad\u2581\uff5c>"]
   ids = [getattr(tokenizer, name) for name in SPECIAL_TOKENS]
   assert sorted(ids) == list(range(8))
 
