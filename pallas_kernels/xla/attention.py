@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import vma
 
@@ -122,8 +123,8 @@ def _attention(q, k, v, segments_BT, scale, size):
 
 def _fwd(q, k, v, segments_BT, scale, size):
   o, lse = _forward(q, k, v, segments_BT, scale, size)
-  o = jax.ad_checkpoint.checkpoint_name(o, "attention_out")
-  lse = jax.ad_checkpoint.checkpoint_name(lse, "attention_lse")
+  o = checkpoint_name(o, "attention_out")
+  lse = checkpoint_name(lse, "attention_lse")
   return o, (q, k, v, segments_BT, o, lse)
 
 
