@@ -11,6 +11,7 @@ from dsv3_jax import config
 from dsv3_jax.model.loss import loss_fn, target_tokens
 from dsv3_jax.model.routing import RouterBias
 from dsv3_jax.model.transformer import Transformer
+from tests.quick import jit
 
 BASE = config.Model(
     vocab_size=23, dim=12, layers=3, dense_layers=1, dense_ffn_dim=10, init_std=0.3,
@@ -79,5 +80,15 @@ def objective(graphdef, buffers, batch, loss=WEIGHTS, runtime=RUNTIME, mtp_weigh
 def loss_and_gradients(model, batch, **kwargs):
   """((total, aux), gradients), compiled."""
   graphdef, params, buffers = split(model)
-  run = jax.jit(jax.value_and_grad(objective(graphdef, buffers, batch, **kwargs), has_aux=True))
+  run = jit(jax.value_and_grad(objective(graphdef, buffers, batch, **kwargs), has_aux=True))
   return run(params)
+
+
+def forward(model, tokens_BT, segments_BT=None, runtime=RUNTIME):
+  """The model's output, compiled."""
+  graphdef, params, buffers = split(model)
+
+  def run(params, buffers, tokens_BT, segments_BT):
+    return nnx.merge(graphdef, params, buffers)(tokens_BT, segments_BT, runtime)
+
+  return jit(run)(params, buffers, tokens_BT, segments_BT)

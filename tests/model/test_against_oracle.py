@@ -67,8 +67,8 @@ def ours(case):
 def test_logits(case):
   """Oracle: numpy transcription of eq. 1-16 and 21-23."""
   segments = case.batch.get("segments")
-  out = nnx.jit(lambda m, t, s: m(t, s, small.RUNTIME))(
-      case.model, case.batch["tokens"][:, :T], None if segments is None else segments[:, :T])
+  out = small.forward(case.model, case.batch["tokens"][:, :T],
+                      None if segments is None else segments[:, :T])
   assert out.logits_BTV.dtype == jnp.float32
   assert len(out.mtp_logits) == case.cfg.mtp_depth
   for b, expected in enumerate(case.loss.outputs):
