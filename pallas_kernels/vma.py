@@ -15,6 +15,11 @@ def zeros(shape, dtype, *like: jax.Array) -> jax.Array:
 
 def match(x: jax.Array, *like: jax.Array) -> jax.Array:
   """`x` made varying over every mesh axis that one of `like` varies over."""
-  axes = frozenset().union(*(getattr(jax.typeof(a), "vma", frozenset()) for a in like))
-  missing = tuple(sorted(axes - getattr(jax.typeof(x), "vma", frozenset())))
+  missing = tuple(sorted(frozenset().union(*map(_axes, like)) - _axes(x)))
   return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _axes(x: jax.Array) -> frozenset[str]:
+  """Mesh axes that `x` varies over; jax moved the attribute between releases."""
+  aval = jax.typeof(x)
+  return frozenset(aval.vma if hasattr(aval, "vma") else aval.mat.varying)

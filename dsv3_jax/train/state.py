@@ -94,7 +94,7 @@ def initializer(
     mesh: where the state lives, replicated; one device where None.
 
   Returns:
-    The graph definition, the abstract state (shapes, dtypes, shardings), and a compiled function
+    The graph definition, the abstract state (shapes, dtypes, shardings), and a function
     that makes the initial state.
   """
   graphdef = split(nnx.eval_shape(build))[0]
@@ -107,7 +107,9 @@ def initializer(
            else sharding.replicated(mesh))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
                           jax.eval_shape(init))
-  return graphdef, abstract, jax.jit(init, out_shardings=where)
+  # Drawn on one device and then copied: the partitioner takes minutes over random numbers whose
+  # result it must replicate, and the numbers cannot depend on the mesh.
+  return graphdef, abstract, lambda: jax.device_put(jax.jit(init)(), where)
 
 
 def count(tree: Any) -> int:
