@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,9 +24,10 @@ SMALL = config_lib.replace(config_lib.Config(), **{
 def workdir(tmp_path_factory):
   """A workdir with two checkpoints of SMALL, the second with all parameters doubled."""
   folder = tmp_path_factory.mktemp("run")
-  _, _, init = state.initializer(lambda: state.build_model(SMALL.model, seed=3),
-                                 optim.make_optimizer(SMALL.optim))
-  first = init()
+  _, abstract, _ = state.initializer(lambda: state.build_model(SMALL.model, seed=3),
+                                     optim.make_optimizer(SMALL.optim))
+  rng = np.random.default_rng(0)  # compiling the initializer would take longer than the tests
+  first = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
   saver = checkpoint.Checkpoints(str(folder))
   for step, scale in ((1, 1.0), (2, 2.0)):
     params = jax.tree.map(lambda x, scale=scale: x * scale, first.params)
