@@ -273,7 +273,7 @@ class Data:
   split_rate: float = 0.1  # share of combined punctuation+newline tokens split (not disclosed)
   validation_fraction: float = 0.05  # of documents, by hash
   max_document_bytes: int = 64 * 2**20
-  workers: int = 1  # background processes; 0 reads in the training process
+  workers: int = 0  # background processes; 0 reads ahead in a thread of the training process
   prefetch: int = 4  # batches
   seed: int = 0
 
