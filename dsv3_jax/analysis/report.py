@@ -195,16 +195,23 @@ def _numbers(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _samples(run: Run) -> list[dict[str, str]]:
-  samples = run.summary.get("samples") or []
-  keys = ("kind", "prompt", "suffix", "text", "reference")
-  return [{k: str(s.get(k) or "") for k in keys} for s in samples if isinstance(s, dict)]
+  """The summary's samples; "title" says how each was drawn."""
+  rows = []
+  for sample in run.summary.get("samples") or []:
+    if isinstance(sample, dict):
+      row = {k: str(sample.get(k) or "") for k in ("prompt", "suffix", "text", "reference")}
+      temperature = sample.get("temperature")
+      drawn = ("" if temperature is None else ", greedy" if temperature == 0 else
+               f", temperature {temperature}")
+      rows.append(row | {"title": f"{sample.get('kind') or 'sample'}{drawn}"})
+  return rows
 
 
 # --- Markdown -----------------------------------------------------------------------------------
 
 
 def _markdown(run: Run, pictures: dict[str, str]) -> str:
-  parts = [f"# {_title(run)}", _status(run)[1]]
+  parts = [f"# {_one_line(_title(run))}", _status(run)[1]]
   parts += [f"> {gap}" for gap in _gaps(run)]
   parts.append(_markdown_table(("", ""), _facts(run)))
   numbers = _numbers(run)
@@ -221,7 +228,7 @@ def _markdown(run: Run, pictures: dict[str, str]) -> str:
   if samples:
     parts.append("## Samples")
     for i, sample in enumerate(samples, 1):
-      parts.append(f"### {i}. {sample['kind'] or 'sample'}")
+      parts.append(f"### {i}. {_one_line(sample['title'])}")
       for key, name in (("prompt", "Given"), ("text", "Written by the model"),
                         ("suffix", "Given, after the gap"), ("reference", "In the original")):
         if sample[key]:
@@ -239,7 +246,12 @@ def _markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-  return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+  return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+  """Text that cannot end its line, nor start HTML."""
+  return " ".join(text.replace("\\", "\\\\").replace("<", "&lt;").split())
 
 
 def _fenced(text: str, language: str = "") -> str:
@@ -303,7 +315,7 @@ def _sample_html(sample: dict[str, str]) -> str:
   if sample["reference"]:
     reference = ("<details><summary>in the original</summary>"
                  f"<pre>{_escape(sample['reference'])}</pre></details>")
-  return (f'<article class="card sample"><h3>{_escape(sample["kind"] or "sample")}</h3>'
+  return (f'<article class="card sample"><h3>{_escape(sample["title"])}</h3>'
           f"<pre>{text}</pre>{reference}</article>")
 
 

@@ -47,9 +47,9 @@ def write(workdir: Path, steps: int = 700, eval_every: int = 100, layers: int = 
     default_samples = [
         {"kind": "completion", "prompt": "def read(path):\n  with open(path) as file:\n    ",
          "suffix": "", "text": "return file.read()\n\n\nclass <b>Reader</b>:\n  pass\n",
-         "reference": "return file.read()\n"},
+         "reference": "return file.read()\n", "temperature": 0.0},
         {"kind": "infill", "prompt": "for i in range(", "text": "len(values)",
-         "suffix": "):\n  total += values[i]\n", "reference": "len(values)"}]
+         "suffix": "):\n  total += values[i]\n", "reference": "len(values)", "temperature": 0.8}]
     summary = {
         "config_hash": "3f1c9a2b77de", "commit": "0123456789abcdef",
         "versions": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8"},
