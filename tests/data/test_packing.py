@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +65,8 @@ def test_isolated_packing_predicts_each_token_of_a_document_but_its_first(length
   assert pairs == wanted
   assert {t for tokens, s in rows for t in tokens[s >= 0].tolist()} >= {
       t for d in docs if len(d) > 1 for t in d.tolist()}
+  shared = [b[0] for (a, _), (b, _) in itertools.pairwise(rows) if a[-1] == b[0]]
+  assert not set(shared) & {d[-1] for d in docs}  # only where a document goes on
 
 
 @settings(deadline=None)
