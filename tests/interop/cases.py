@@ -1,7 +1,13 @@
 """The configurations on which logits are compared: name -> (config, bias range of the routers)."""
 
+import flax.nnx as nnx
+import jax
+import numpy as np
+
 from tests.interop.oracle import BASE, YARN
 
+TOKENS_BT = np.random.default_rng(1).integers(0, BASE["vocab_size"], (2, 24))
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of what these tests do
 _PLAIN = (-0.3, 0.3)
 
 CASES = {
@@ -28,3 +34,16 @@ CASES = {
     "other_eps": (BASE | dict(rms_norm_eps=3e-2), _PLAIN),
     "tied_dense": (BASE | dict(tie_word_embeddings=True, first_k_dense_replace=3), _PLAIN),
 }
+
+
+def run(model):
+  """`model(TOKENS_BT)`, compiled quickly."""
+  graphdef, state = nnx.split(model)
+  forward = jax.jit(lambda state: nnx.merge(graphdef, state)(TOKENS_BT), compiler_options=QUICK)
+  return forward(state)
+
+
+def relative(found, expected):
+  """Largest difference over the largest element, in float64."""
+  found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+  return np.abs(found - expected).max() / np.abs(expected).max()

@@ -102,7 +102,9 @@ def write_folder(path, c, tensors, shards=1):
     part = {name: tensors[name] for name in sorted(tensors)[shard::shards]}
     safetensors_numpy.save_file(part, path / file, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(part, file)
-  (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+  index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+           "weight_map": weight_map}
+  (path / "model.safetensors.index.json").write_text(json.dumps(index))
   return path
 
 

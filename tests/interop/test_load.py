@@ -11,31 +11,24 @@ import pytest
 
 from dsv3_jax.interop import huggingface
 from tests.interop import oracle
-from tests.interop.cases import CASES
+from tests.interop.cases import CASES, TOKENS_BT, relative, run
 from tests.interop.oracle import BASE
 
-TOKENS_BT = np.random.default_rng(1).integers(0, BASE["vocab_size"], (2, 24))
 FP32 = 2e-5  # issue 2's bound on logits, relative to the largest
 
 MTP = BASE | dict(num_nextn_predict_layers=1, num_hidden_layers=2)
 
 
-def relative(found, expected):
-  return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_logits(name, tmp_path):
+def test_logits(name, case):
   """Oracle: the report's equations in float64 numpy, group mask -inf."""
-  c, bias = CASES[name]
-  tensors = oracle.random_tensors(c, zlib.crc32(name.encode()), bias)
-  folder = oracle.write_folder(tmp_path / "m", c, tensors, shards=1 + len(name) % 3)
-  out = huggingface.load(folder)(TOKENS_BT)
-  assert relative(out.logits_BTV, oracle.forward(c, tensors, TOKENS_BT)[0]) < FP32
+  found = case(name)
+  expected = oracle.forward(found.config, found.tensors, TOKENS_BT)[0]
+  assert relative(found.logits, expected) < FP32
 
 
 def test_a_zero_group_mask_would_choose_other_experts():
-  """Oracle: the two masks themselves. The negative_bias case is worth running only if they differ."""
+  """Oracle: the two masks themselves; were they to agree, negative_bias would test nothing."""
   c, bias = CASES["negative_bias"]
   tensors = oracle.random_tensors(c, zlib.crc32(b"negative_bias"), bias)
   rng = np.random.default_rng(0)
@@ -53,7 +46,7 @@ def test_a_zero_group_mask_would_choose_other_experts():
 def test_mtp_logits(tmp_path):
   """Oracle: eq. 21-23 in float64 numpy with [embedding ; hidden], as the release concatenates."""
   tensors = oracle.random_tensors(MTP, 3)
-  out = huggingface.load(oracle.write_folder(tmp_path / "m", MTP, tensors, 2))(TOKENS_BT)
+  out = run(huggingface.load(oracle.write_folder(tmp_path / "m", MTP, tensors, 2)))
   logits, mtp = oracle.forward(MTP, tensors, TOKENS_BT)
   assert relative(out.logits_BTV, logits) < FP32
   assert relative(out.mtp_logits[0][:, :-1], mtp) < FP32
@@ -69,7 +62,7 @@ def test_fp8_blocks(block, tmp_path):
   model = huggingface.load(oracle.write_folder(tmp_path / "m", c, quantized, shards=3))
   plain = oracle.dequantize(quantized, block)
   logits, mtp = oracle.forward(c, plain, TOKENS_BT)
-  out = model(TOKENS_BT)
+  out = run(model)
   assert relative(out.logits_BTV, logits) < FP32
   assert relative(out.mtp_logits[0][:, :-1], mtp) < FP32
   expected = plain["model.layers.1.mlp.experts.5.up_proj.weight"].T
@@ -98,7 +91,7 @@ def test_no_shared_expert(tmp_path):
   for none in (0, None):
     c = BASE | dict(n_shared_experts=none, num_hidden_layers=2)
     tensors = oracle.random_tensors(c, 6)
-    out = huggingface.load(oracle.write_folder(tmp_path / str(none), c, tensors))(TOKENS_BT)
+    out = run(huggingface.load(oracle.write_folder(tmp_path / str(none), c, tensors)))
     assert relative(out.logits_BTV, oracle.forward(c, tensors, TOKENS_BT)[0]) < FP32
 
 
