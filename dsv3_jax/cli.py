@@ -96,13 +96,34 @@ def _train(args: argparse.Namespace) -> int:
     print(config_lib.to_json(config))
     return 0
   workdir = Path(args.workdir) if args.workdir else default_workdir(args.config)
-  from dsv3_jax import train  # jax starts here
-
-  result = train.run(config, str(workdir))
+  from dsv3_jax import files, train  # jax starts here
   from dsv3_jax.analysis import report
 
+  result = train.run(config, str(workdir))
+  files.write_atomic(workdir / "command.txt", args.command_line + "\n")
   print(f"report: {report.write(workdir)}")
   return result.exit_code
+
+
+def _eval(args: argparse.Namespace) -> int:
+  from flax import nnx
+
+  from dsv3_jax.data import pipeline
+  from dsv3_jax.train import checkpoint, evaluate, state
+
+  params, buffers, meta = checkpoint.load_params(args.workdir, args.step, args.ema)
+  config = config_lib.from_dict(meta["config"])
+  limit = config.train.eval_batches if args.batches is None else args.batches
+  corpus = pipeline.prepare(config.data, config.model.vocab_size, args.workdir)
+  rows = config.data.microbatch or config.data.batch_size
+  batches = corpus.validation_batches(rows, limit)
+  size = sum(evaluate.target_bytes(b, corpus.tokenizer.token_bytes_V) for b in batches)
+  graphdef = state.split(nnx.eval_shape(lambda: state.build_model(config.model, seed=0)))[0]
+  sums = evaluate.make_evaluate(graphdef, config)
+  found = evaluate.evaluate(sums, params, buffers, batches, size)
+  del found["counts_LE"]
+  print(json.dumps({"step": meta["step"], "ema": args.ema, "bytes": size, **found}))
+  return 0
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -138,16 +159,20 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
   source, target = Path(args.source), Path(args.target)
-  if (source / "checkpoints").is_dir():
-    _export(source, target, args)
-  elif (source / "config.json").is_file():
-    if args.step is not None or args.ema:
-      raise ConfigError(f"--step and --ema choose a checkpoint; {source} is a model folder")
-    _rewrite(source, target, args)
-  else:
+  is_run = (source / "checkpoints").is_dir()
+  if not is_run and not (source / "config.json").is_file():
     raise ConfigError(f"{source} holds neither checkpoints/ nor config.json; give the workdir of a "
                       "run or a Hugging Face model folder")
-  print(target)
+  to = args.to or ("hf" if is_run else "workdir")
+  if is_run and to == "workdir":
+    raise ConfigError(f"{source} is a workdir already; --to=hf exports it")
+  if not is_run and (args.step is not None or args.ema):
+    raise ConfigError(f"--step and --ema choose a checkpoint; {source} is a model folder")
+  if to == "workdir" and args.dtype not in (None, "float32"):
+    raise ConfigError(f"--dtype={args.dtype}: the parameters of a workdir are float32")
+  if to == "hf" and args.config is not None:
+    raise ConfigError("--config goes with --to=workdir")
+  (_export if is_run else _rewrite if to == "hf" else _import)(source, target, args)
   return 0
 
 
@@ -169,6 +194,7 @@ def _export(workdir: Path, target: Path, args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(str(file))
     tokens = dict(tokenizer=file, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
   huggingface.save(model, target, args.dtype, **tokens)
+  print(target)
 
 
 def _rewrite(source: Path, target: Path, args: argparse.Namespace) -> None:
@@ -178,6 +204,34 @@ def _rewrite(source: Path, target: Path, args: argparse.Namespace) -> None:
   model = huggingface.load(source, args.dtype or "bfloat16")
   file = source / "tokenizer.json"
   huggingface.save(model, target, tokenizer=file if file.is_file() else None)
+  print(target)
+
+
+def _import(source: Path, target: Path, args: argparse.Namespace) -> None:
+  """A Hugging Face folder as a workdir whose checkpoint of step 0 holds its parameters."""
+  config = load_config(args.config) if args.config else Config()
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise ConfigError(f"{target} exists already; remove it or choose another folder")
+
+  from dsv3_jax.interop import huggingface
+  from dsv3_jax.train import checkpoint, optim, state
+  from dsv3_jax.train.workdir import Workdir
+
+  model = huggingface.load(source, "float32")
+  changes: dict[str, Any] = {"model": model.cfg}
+  tokenizer = source / "tokenizer.json"
+  if tokenizer.is_file() and not config.data.tokenizer:
+    changes["data.tokenizer"] = str(tokenizer.resolve())
+  config = config_lib.replace(config, **changes)
+  _, params, buffers = state.split(model)
+  fresh = state.make_state(params, buffers, optim.make_optimizer(config.optim))
+  with Workdir(str(target), config):
+    saver = checkpoint.Checkpoints(str(target))
+    saver.save(fresh, {"step": 0, "tokens": 0, "elapsed_s": 0.0, "val_loss": None,
+                       "iterator": None, "config": config_lib.to_dict(config)})
+    saver.close()
+  print(f"{target}; train it with: dsv3 train --config={target / 'config.json'} "
+        f"--workdir={target}")
 
 
 # --- configs ------------------------------------------------------------------------------------
@@ -387,6 +441,18 @@ def _parser() -> argparse.ArgumentParser:
       "  dsv3 report runs/tiny")
   report.add_argument("workdir", metavar="WORKDIR")
 
+  evaluate = _command(
+      commands, "eval", _eval, "validation loss of a checkpoint",
+      "Validation loss and bits per byte of a run's checkpoint, on the run's own held-out text,\n"
+      "as one line of JSON.",
+      "  dsv3 eval runs/tiny\n"
+      "  dsv3 eval runs/tiny --ema --batches=0")
+  evaluate.add_argument("workdir", metavar="WORKDIR")
+  evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+  evaluate.add_argument("--ema", action="store_true", help="the averaged parameters")
+  evaluate.add_argument("--batches", type=int, metavar="N",
+                        help="validation batches, 0 for all (default: the run's)")
+
   tokenize = _command(
       commands, "tokenize", _tokenize, "turn text into shards that training maps into memory",
       "Tokenize text once, for corpora that exceed memory or serve many runs. Memory use does not\n"
@@ -414,12 +480,14 @@ def _parser() -> argparse.ArgumentParser:
       "another dtype (FP8 weights are dequantized).",
       "  dsv3 convert runs/tiny exported\n"
       "  dsv3 convert runs/tiny exported --step=600 --ema --dtype=bfloat16\n"
-      "  dsv3 convert DeepSeek-V3 runs/v3\n"
+      "  dsv3 convert DeepSeek-V3 runs/v3 --config=experiments/v3_671b.py\n"
       "  dsv3 convert DeepSeek-V3 DeepSeek-V3-bf16 --to=hf --dtype=bfloat16")
   convert.add_argument("source", metavar="SOURCE", help="workdir of a run, or Hugging Face folder")
   convert.add_argument("target", metavar="TARGET", help="folder to make")
   convert.add_argument("--to", choices=("hf", "workdir"),
                        help="what to make (default: the other kind than SOURCE)")
+  convert.add_argument("--config", metavar="FILE[:ARG]",
+                       help="experiment file for all but the model of a workdir that is made")
   convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                        help="of the tensors in a Hugging Face folder (default: as in SOURCE)")
   convert.add_argument("--step", type=int, metavar="N",

@@ -229,7 +229,8 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["report", "--help"],
-                                   ["tokenize", "--help"], ["convert", "--help"]])
+                                   ["eval", "--help"], ["tokenize", "--help"],
+                                   ["convert", "--help"]])
 def test_help_has_examples(words, capsys):
   """Oracle: examples that start with the command's own name."""
   with pytest.raises(SystemExit) as leave:

@@ -65,6 +65,41 @@ def test_a_folder_is_rewritten_in_another_dtype(workdir, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, _params(huggingface.load(half)), rounded)
 
 
+def test_a_folder_becomes_a_workdir_and_a_folder_again(workdir, tmp_path):
+  """Law: there and back changes no bit; the rest of the config is the experiment's."""
+  folder, params = workdir
+  hf, run, again = (str(tmp_path / name) for name in ("hf", "run", "again"))
+  (tmp_path / "experiment.py").write_text(
+      "from dsv3_jax.config import Config, Optim\n"
+      "def get_config(arg=None):\n  return Config(optim=Optim(lr=0.125))\n")
+  assert cli.run(["convert", str(folder), hf, "--step=1"]) == 0
+  assert cli.run(["convert", hf, run, f"--config={tmp_path / 'experiment.py'}"]) == 0
+  assert cli.run(["convert", run, again]) == 0
+  jax.tree.map(np.testing.assert_array_equal, _params(huggingface.load(again)), params)
+  config = cli.load_config(f"{run}/config.json")
+  assert config.optim.lr == 0.125
+  assert config.model.attention == SMALL.model.attention
+  assert checkpoint.load_params(run)[2]["step"] == 0
+
+
+@pytest.mark.parametrize("words, named", [
+    (["RUN", "OUT", "--to=workdir"], "a workdir already"),
+    (["RUN", "OUT", "--config=x.py"], "--config goes with --to=workdir"),
+    (["HF", "OUT", "--step=1"], "--step and --ema choose a checkpoint"),
+    (["HF", "OUT", "--dtype=bfloat16"], "float32"), (["HF", "HF"], "exists already"),
+    (["HF", "HF", "--to=hf"], "exists already"), (["RUN", "HF"], "exists already")])
+def test_impossible_conversions_are_refused(workdir, tmp_path, words, named, capsys):
+  """Oracle: exit code 2, the reason, and nothing written."""
+  hf = tmp_path / "hf"
+  assert cli.run(["convert", str(workdir[0]), str(hf)]) == 0
+  before = sorted(hf.iterdir())
+  paths = {"RUN": str(workdir[0]), "HF": str(hf), "OUT": str(tmp_path / "out")}
+  assert cli.run(["convert", *(paths.get(word, word) for word in words)]) == 2
+  assert named in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+  assert sorted(hf.iterdir()) == before
+
+
 @pytest.mark.parametrize("words, named", [
     (["--step=7"], "steps there: 1, 2"), (["--ema"], "holds no EMA")])
 def test_missing_checkpoints_are_named(workdir, tmp_path, words, named, capsys):

@@ -119,8 +119,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
   """The header: what ran, from what, on what, when."""
   summary, model = run.summary, run.config.get("model", {})
   rows = []
-  if summary.get("command"):
-    rows.append(("command", str(summary["command"])))
+  if run.command:
+    rows.append(("command", run.command))
   if model:
     moe, layers = model.get("moe", {}), model.get("layers", 0)
     rows.append(("model", f"{layers} layers ({model.get('dense_layers', 0)} dense), width "

@@ -22,6 +22,7 @@ class Run:
   evals: list[dict[str, Any]]
   loads: list[dict[str, Any]]
   summary: dict[str, Any]  # summary.json, written when a run ends
+  command: str  # the command line that made it
   notes: tuple[str, ...]  # what was missing or unreadable, for the reader of the report
 
   @property
@@ -63,7 +64,11 @@ def read(workdir: str | Path) -> Run:
     notes.append(f"{broken} line{'s' * (broken > 1)} of metrics.jsonl could not be read "
                  "(a line half written when the run was killed is normal).")
   rows = {kind: [steps[s] for s in sorted(steps)] for kind, steps in by_kind.items()}
-  return Run(workdir, config, rows["train"], rows["eval"], rows["load"], summary, tuple(notes))
+  command_file = workdir / "command.txt"
+  command = (command_file.read_text(encoding="utf-8", errors="replace").strip()
+             if command_file.exists() else "")
+  return Run(workdir, config, rows["train"], rows["eval"], rows["load"], summary, command,
+             tuple(notes))
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:

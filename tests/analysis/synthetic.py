@@ -55,8 +55,9 @@ def write(workdir: Path, steps: int = 700, eval_every: int = 100, layers: int = 
         "versions": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8"},
         "device": "2 CPU cores (cpu)", "parameters": 10_630_000,
         "activated_parameters": 7_200_000, "wall_s": 0.41 * steps, "final": {"loss": 3.1},
-        "command": "dsv3 train --config=experiments/tiny.py --workdir=runs/tiny",
         "baselines": {"unigram": 4.9, "gzip -9": 2.13, "xz": 1.92},
         "samples": default_samples if samples is None else samples}
     (workdir / "summary.json").write_text(json.dumps(summary))
+    (workdir / "command.txt").write_text(
+        "dsv3 train --config=experiments/tiny.py --workdir=runs/tiny\n")
   return workdir
