@@ -6,6 +6,8 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import shards, sources
 from dsv3_jax.data.tokenizer import Tokenizer
@@ -157,20 +159,22 @@ def _batches(documents: Iterator[sources.Document]) -> Iterator[list[sources.Doc
     yield batch
 
 
-def _encode(batch: list[sources.Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-  """Ids of each document of a batch."""
+def _encode(batch: list[sources.Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+  """Ids of each document of a batch, int32 [n]."""
   cut = [pieces(document.text) for document in batch]
-  flat = [piece for parts in cut for piece in parts]
-  ids: list[list[int]] = []
-  step = BATCH // PIECE * 4
-  if len(flat) <= len(batch):
-    ids = tokenizer.encode_batch(flat)
-  else:  # long documents: a bounded part of them at a time
-    for i in range(0, len(flat), step):
-      ids += tokenizer.encode_batch(flat[i:i + step])
+  ids: list[np.ndarray] = []
+  # A batch may end in a long document, so it is encoded in bounded groups of pieces.
+  group, size = [], 0
+  for piece in (piece for parts in cut for piece in parts):
+    group.append(piece)
+    size += len(piece)
+    if size >= BATCH:
+      ids += [np.asarray(x, np.int32) for x in tokenizer.encode_batch(group)]
+      group, size = [], 0
+  ids += [np.asarray(x, np.int32) for x in tokenizer.encode_batch(group)]
   at = 0
   for parts in cut:
-    yield [t for piece in ids[at:at + len(parts)] for t in piece]
+    yield np.concatenate(ids[at:at + len(parts)])
     at += len(parts)
 
 
