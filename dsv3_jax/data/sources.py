@@ -23,6 +23,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -77,7 +78,7 @@ def resolve(spec: str, max_document_bytes: int) -> Source:
   """
   if spec.startswith("hf:"):
     _hf_name(spec)
-    _need("datasets", spec, "hf")
+    _need("datasets", spec)
     return Source(spec, "hf")
   if spec.startswith("shards:"):
     path = os.path.abspath(os.path.expanduser(spec.removeprefix("shards:")))
@@ -169,13 +170,11 @@ def _uncompressed(path: str) -> str:
   return root if suffix in (".gz", ".zst") else path
 
 
-def _need(package: str, what: str, extra: str) -> None:
+def _need(package: str, what: str) -> None:
   # A module that is already loaded may have no spec, and find_spec would raise for it.
-  import sys
-
   if package not in sys.modules and importlib.util.find_spec(package) is None:
     raise ConfigError(f"data.sources: {what!r} needs the package {package}, which is not "
-                      f"installed; pip install 'dsv3-jax[{extra}]' or pip install {package}")
+                      f"installed; pip install {package}")
 
 
 def _usable(file: File, max_document_bytes: int) -> bool:
@@ -185,10 +184,10 @@ def _usable(file: File, max_document_bytes: int) -> bool:
       raise ConfigError(f"data.sources: {file.path} is empty")
     return False
   if file.kind == ".parquet":
-    _need("pyarrow", file.path, "hf")
+    _need("pyarrow", file.path)
     return True
   if file.path.endswith(".zst"):
-    _need("zstandard", file.path, "zst")
+    _need("zstandard", file.path)
   if file.kind in RECORDS or _uncompressed(file.path) != file.path:
     return True
   if file.size <= max_document_bytes:
