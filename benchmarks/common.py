@@ -22,7 +22,7 @@ from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEADER = ("name", "peer", "ours", "ratio", "target")
-_WIDTHS = (44, 18, 18, 8, 0)
+_WIDTHS = (52, 26, 26, 7, 0)
 
 
 @dataclasses.dataclass(frozen=True)
