@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
-from dsv3_jax.interop import huggingface
+from dsv3_jax.interop import huggingface, names
 from dsv3_jax.model.transformer import Transformer
 from tests.interop import oracle
 
@@ -162,3 +162,17 @@ def test_inexpressible(changes, words, tmp_path):
   with pytest.raises(ConfigError, match=words):
     huggingface.save(make(**changes), tmp_path / "m")
   assert not any(tmp_path.iterdir())
+
+
+def test_the_released_model():
+  """Oracle: the release holds 91,991 tensors with its FP8 scales, 671,026,419,200 numbers in the
+  main model and 11,610,068,224 in the MTP module (facts 1.2 and 6.1)."""
+  cfg = config.preset("v3_671b")
+  slots = list(names.slots(cfg))
+  plain = ("embed_tokens", "lm_head", "mlp.gate.", "eh_proj")
+  scales = [s for s in slots if len(s.shape) == 2 and not any(word in s.name for word in plain)]
+  assert len(slots) + len(scales) + len(names.duplicates(cfg)) == 91_991
+  sizes = {s.name: int(np.prod(s.shape)) for s in slots}
+  mtp = sum(size for name, size in sizes.items() if name.startswith("model.layers.61."))
+  assert mtp == 11_610_068_224
+  assert sum(sizes.values()) - mtp == 671_026_419_200
