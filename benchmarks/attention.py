@@ -1,8 +1,8 @@
 """Attention at 8,192 tokens: blockwise against the naive form, forward and backward.
 
-Peak temporary memory is the compiler's own figure (`compiled.memory_analysis()`), inputs and outputs
-left out, of a function that gives output and all three gradients. Heads have the widths 48 / 32 of
-the tiny model, fp32, causal.
+Peak temporary memory is the compiler's own figure (`compiled.memory_analysis()`), inputs and
+outputs left out, of a function that gives output and all three gradients. Heads have the widths
+48 / 32 of the tiny model, fp32, causal.
 
     python -m benchmarks.attention
 """

@@ -1,9 +1,9 @@
 """Paired, alternating timing and one way to print and keep results.
 
 The two sides of a benchmark take turns in one process (peer, ours, peer, ours, ...), so that what
-else the machine does meets both. The ratio is the median of the ratios of the pairs; times are given
-as median and minimum. Between two turns the process sleeps, because both torch's and XLA's threads
-spin for a while after their last task and would take cores from the other side.
+else the machine does meets both. The ratio is the median of the ratios of the pairs; times are
+given as median and minimum. Between two turns the process sleeps: threads of torch and of XLA spin
+for a while after their last task and would take cores from the other side.
 """
 
 import argparse
@@ -168,7 +168,8 @@ def save(benchmark: str, lines: Sequence[Line]) -> pathlib.Path:
 def parser(doc: str, rounds: int) -> argparse.ArgumentParser:
   """Arguments that every benchmark has."""
   p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-  p.add_argument("--rounds", type=int, default=rounds, help="turns of each side (default %(default)s)")
+  p.add_argument("--rounds", type=int, default=rounds,
+                 help="turns of each side (default %(default)s)")
   p.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.json")
   return p
 

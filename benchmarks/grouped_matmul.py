@@ -103,14 +103,14 @@ def main(argv: list[str] | None = None) -> None:
   few, many = GROUPS[0], GROUPS[-1]
   growth = common.paired(times[f"ours {many}"], times[f"ours {few}"])
   lines = []
-  for peer in ("torch", "ragged_dot"):
+  for peer, label in (("torch", "loop in torch"), ("ragged_dot", "ragged_dot")):
     for groups in GROUPS:
       theirs, mine = times[f"{peer} {groups}"], times[f"ours {groups}"]
       ratio = common.paired(theirs, mine)
       aimed = peer == "ragged_dot" and groups == many
       flops = 3 * 2 * ROWS * WIDTH_IN * WIDTH_OUT
       lines.append(common.Line(
-          f"grouped matmul, {groups} groups, against {'loop in torch' if peer == 'torch' else peer}",
+          f"grouped matmul, {groups} groups, against {label}",
           common.times_text(theirs), common.times_text(mine), ratio,
           ">= 10x ragged_dot" if aimed else "-", ratio >= 10 if aimed else None,
           {"peer": common.summary(theirs), "ours": common.summary(mine),

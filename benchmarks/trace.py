@@ -89,7 +89,8 @@ def shares(events: list[Event], is_container) -> tuple[dict[str, float], dict[st
     is_container: whether a name contains others and gets no time itself.
   """
   events = [e for e in events if not is_container(e.name)]
-  edges = sorted([(e.start_ns, 1, e.name) for e in events] + [(e.end_ns, -1, e.name) for e in events])
+  edges = sorted([(e.start_ns, 1, e.name) for e in events]
+                 + [(e.end_ns, -1, e.name) for e in events])
   time_of: dict[str, float] = collections.Counter()
   active: dict[str, int] = collections.Counter()
   idle, previous = 0.0, edges[0][0] if edges else 0.0
@@ -124,7 +125,7 @@ def table(events: list[Event], hlo: str, steps: int, top: int) -> str:
 
   time_of, count_of, idle = shares(events, is_container)
   total = sum(time_of.values()) + idle
-  out = [f"{total / steps / 1e6:.1f} ms a step traced, of which {idle / steps / 1e6:.1f} ms with no "
+  out = [f"{total / steps / 1e6:.1f} ms a step traced, {idle / steps / 1e6:.1f} of them with no "
          "operation active",
          f"{'ms/step':>8} {'share':>6} {'runs':>6} {'us/run':>8}  operation  shape  scope"]
   kinds: dict[str, float] = collections.Counter()
@@ -152,5 +153,5 @@ def _phase(op_name: str) -> str:
   """Named scope and direction of an operation."""
   scope = next((s for s in _SCOPES if re.search(rf"\b{s}\b", op_name)), "")
   if not scope:
-    scope = "attention or norm in a block" if "while" in op_name or "closed_call" in op_name else "other"
+    scope = "attention or norm in a block" if "closed_call" in op_name else "other"
   return f"{scope}, backward" if "transpose(" in op_name else scope

@@ -1,8 +1,8 @@
 """Training step on the CPU: ours against transformers' DeepseekV3ForCausalLM in torch.
 
 Both take the same shapes, fp32, batch 8 x 256, next-token loss, AdamW with decoupled decay and
-clipping of the global norm at 1. Ours is the trainer's own compiled step with donated state: it also
-has the sequence-wise balance loss, the router-bias update, the statistics and the check for
+clipping of the global norm at 1. Ours is the trainer's own compiled step with donated state: it
+also has the sequence-wise balance loss, the router-bias update, the statistics and the check for
 NaN, which the peer lacks; MTP is off, because the peer has none. The peer runs with its fastest
 settings, found on this machine first: expert implementation (its own loop, or grouped matmul),
 attention (scaled-dot-product or eager) and AdamW (fused or foreach).
@@ -120,8 +120,8 @@ def peer(shape: str, experts: str, attention: str, adamw: str) -> Callable[[], f
       qk_rope_head_dim=a.rope_dim, v_head_dim=a.v_dim, qk_nope_head_dim=a.nope_dim,
       n_group=e.groups, topk_group=e.active_groups, num_experts_per_tok=e.active,
       first_k_dense_replace=m.dense_layers, max_position_embeddings=LENGTH,
-      initializer_range=m.init_std, use_cache=False, num_mtp_layers=0, attn_implementation=attention,
-      experts_implementation=experts)
+      initializer_range=m.init_std, use_cache=False, num_mtp_layers=0,
+      attn_implementation=attention, experts_implementation=experts)
   model = DeepseekV3ForCausalLM(cfg).float().train()
   used = (model.config._attn_implementation, model.config._experts_implementation)
   assert used == (attention, experts), (used, attention, experts)
