@@ -129,7 +129,7 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, hyper: Hyper):
     grads, aux = gradients(graphdef, cfg, state.params, state.buffers, batch, hyper, mesh, loss_fn)
     with jax.named_scope("optimizer"):
-      grad_norm = optax.global_norm(grads)
+      grad_norm = optax.tree.norm(grads)
       loss = aux["loss_sum"] / jnp.maximum(aux["tokens"], 1)
       good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params,

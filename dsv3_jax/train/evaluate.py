@@ -1,0 +1,100 @@
+"""Validation loss, bits per byte, expert load, and what a model must beat to have learnt anything.
+
+Bits per byte: the summed cross-entropy of all targets over the UTF-8 bytes they stand for. Special
+tokens have no bytes, but their loss counts, so the number is never flattered; it does not depend on
+the tokenizer and compares with compressors.
+"""
+
+import gzip
+import lzma
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from dsv3_jax import config
+from dsv3_jax.model import loss as loss_lib
+from dsv3_jax.model import routing
+from dsv3_jax.parallel import mesh as mesh_lib
+from dsv3_jax.parallel import sharding
+
+
+def make_evaluate(graphdef: nnx.GraphDef, cfg: config.Config,
+                  mesh: jax.sharding.Mesh | None = None,
+                  loss_fn: Callable = loss_lib.loss_fn) -> Callable:
+  """`sums(params, buffers, batch)`: the statistics of `loss.loss_fn` over one batch [B, T+1]."""
+  axes = () if mesh is None else (mesh_lib.DATA,)
+
+  def local(params, buffers, batch):
+    model = nnx.merge(graphdef, params, buffers)
+    _, aux = loss_fn(model, batch, loss=cfg.loss, mtp_weight=1.0, runtime=cfg.runtime,
+                     denominator=1.0, share=1.0, axes=axes)
+    return jax.lax.psum(aux, axes) if axes else aux
+
+  if mesh is None:
+    return jax.jit(local)
+  rep = PartitionSpec()
+  return jax.jit(jax.shard_map(local, mesh=mesh, out_specs=rep,
+                               in_specs=(rep, rep, sharding.spec("tokens_BS"))))
+
+
+def target_bytes(batch: dict[str, np.ndarray], token_bytes_V: np.ndarray) -> int:
+  """UTF-8 bytes of a batch's targets; numpy on the host."""
+  _, weight_BT = loss_lib.targets({k: jnp.asarray(v) for k, v in batch.items()}, 0)
+  return int((token_bytes_V[batch["tokens"][:, 1:]] * np.asarray(weight_BT)).sum())
+
+
+def evaluate(sums: Callable, params: Any, buffers: Any, batches: Sequence[dict[str, jax.Array]],
+             bytes_in_targets: int) -> dict[str, Any]:
+  """Averages over fixed batches.
+
+  Args:
+    sums: of `make_evaluate`.
+    params, buffers: the model's variables.
+    batches: on the device already.
+    bytes_in_targets: UTF-8 bytes of all targets.
+
+  Returns:
+    loss and mtp_loss (nats a token), bits_per_byte, accuracy, max_vio, counts_LE (numpy).
+  """
+  total = None
+  for batch in batches:
+    found = sums(params, buffers, batch)
+    total = found if total is None else jax.tree.map(jnp.add, total, found)
+  total = jax.device_get(total)
+  tokens = max(float(total["tokens"]), 1.0)
+  counts_LE = np.asarray(total["counts_LE"])
+  return {
+      "loss": float(total["loss_sum"]) / tokens,
+      "mtp_loss": (total["mtp_loss_sum"] / np.maximum(total["mtp_tokens"], 1)).tolist(),
+      "bits_per_byte": float(total["loss_sum"]) / math.log(2) / max(bytes_in_targets, 1),
+      "accuracy": float(total["correct"]) / tokens,
+      "max_vio": float(np.max(routing.max_vio(counts_LE))) if counts_LE.size else 0.0,
+      "counts_LE": counts_LE,
+  }
+
+
+def baselines(text: bytes, tokens: np.ndarray, token_bytes_V: np.ndarray) -> dict[str, float]:
+  """Bits per byte of simple predictors on the same text.
+
+  Args:
+    text: the validation text, for the compressors.
+    tokens: its token ids; "unigram" is the entropy of their own frequencies, as if they had been
+      known beforehand: the best that any model without context could do.
+    token_bytes_V: bytes of each token.
+  """
+  found = {}
+  counts = np.bincount(tokens.reshape(-1), minlength=len(token_bytes_V)).astype(np.float64)
+  size = float((counts * token_bytes_V).sum())
+  if size:
+    used = counts[counts > 0]
+    found["unigram"] = float(-(used * np.log2(used / used.sum())).sum() / size)
+  if text:
+    found["gzip -9"] = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
+    found["xz"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
+  return found

@@ -1,0 +1,454 @@
+"""The one training loop.
+
+    from dsv3_jax.train import run
+    result = run(config, "runs/tiny")
+
+The same call begins a run, goes on with an interrupted one from its newest whole checkpoint, and
+returns at once from a finished one. Everything it makes is in the workdir (config.json,
+tokenizer.json, data/, checkpoints/, metrics.jsonl, tensorboard/, summary.json).
+
+The devices are kept busy by dispatching step n before the numbers of step n - 1 are fetched; the
+loop's own work hides behind the step. A resumed run repeats the uninterrupted one bit for bit:
+state, EMA, data position and tokens come from the checkpoint, metrics.jsonl is cut back to its
+step, and everything else is a function of the step number.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import time
+import types
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from dsv3_jax import config as config_lib
+from dsv3_jax import files
+from dsv3_jax.model import counts as counts_lib
+from dsv3_jax.parallel import mesh as mesh_lib
+from dsv3_jax.parallel import sharding
+from dsv3_jax.train import evaluate as evaluate_lib
+from dsv3_jax.train import metrics as metrics_lib
+from dsv3_jax.train import optim, schedules
+from dsv3_jax.train import sample as sample_lib
+from dsv3_jax.train import state as state_lib
+from dsv3_jax.train import step as step_lib
+from dsv3_jax.train.checkpoint import CheckpointError, Checkpoints
+from dsv3_jax.train.ema import HostEma
+from dsv3_jax.train.workdir import Workdir
+
+
+class DivergedError(RuntimeError):
+  """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+  """How a run ended.
+
+  Attributes:
+    workdir: its folder.
+    step, tokens: where it stands.
+    finished: whether it reached train.tokens.
+    exit_code: 0, or 128 + the signal that ended it (130 for SIGINT, 143 for SIGTERM).
+    summary: what summary.json holds; empty for an interrupted run.
+  """
+
+  workdir: str
+  step: int
+  tokens: int
+  finished: bool
+  exit_code: int
+  summary: dict[str, Any]
+
+
+class _Signals(contextlib.AbstractContextManager):
+  """SIGINT and SIGTERM ask for an orderly end; a second one ends the process at once."""
+
+  def __init__(self, ui: metrics_lib.Silent):
+    self.received: int | None = None
+    self._ui = ui
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> "_Signals":
+    with contextlib.suppress(ValueError):  # not the main thread: signals are someone else's
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *unused) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, frame: types.FrameType | None) -> None:
+    if self.received is not None:
+      os._exit(128 + number)
+    self.received = number
+    self._ui.note(f"{signal.Signals(number).name}: finishing the step and saving; a second signal "
+                  "ends the run at once, without saving")
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between runs, unless jax was told where to keep them already."""
+  if jax.config.jax_compilation_cache_dir is None:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(root, "dsv3_jax", "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compilation_cache.reset_cache()  # a notebook may have compiled already, without a cache
+
+
+class _Trainer:
+  """What the loop holds while it runs; its methods are the loop's parts."""
+
+  def __init__(self, cfg: config_lib.Config, workdir: Workdir, corpus: Any,
+               ui: metrics_lib.Silent):
+    self.cfg, self.workdir, self.corpus, self.ui = cfg, workdir, corpus, ui
+    train = cfg.train
+    self.began = time.monotonic()
+    self.mesh = mesh_lib.make_mesh(cfg.runtime.mesh) if cfg.runtime.mesh.data > 1 else None
+    self.schedule = schedules.batch_schedule(cfg.data, train.tokens)
+    self.lr = schedules.learning_rate(cfg.optim, train.tokens)
+    self.bias_speed = schedules.bias_speed(cfg.loss, train.tokens)
+    self.mtp_weight = schedules.mtp_weight(cfg.loss, train.tokens)
+    self.rows = cfg.data.microbatch or cfg.data.batch_size
+    self.micros = max(self.schedule.sizes) // self.rows
+
+    optimizer = optim.make_optimizer(cfg.optim)
+    self.graphdef, abstract, init = state_lib.initializer(
+        lambda: state_lib.build_model(cfg.model, train.seed), optimizer, self.mesh)
+    self.train_step = step_lib.make_train_step(self.graphdef, cfg, optimizer, self.mesh)
+    self.sums = evaluate_lib.make_evaluate(self.graphdef, cfg, self.mesh)
+    self.batches = corpus.train_iterator(self.schedule, jax.process_index(), jax.process_count())
+
+    self.checkpoints = Checkpoints(workdir.path, train.keep_last, train.keep_best)
+    restored = self.checkpoints.restore(abstract)
+    self.step, self.elapsed_before = 0, 0.0
+    ema, ema_updates = None, 0
+    if restored is None:
+      self.state = init()
+    else:
+      self.state, ema, meta = restored
+      self.step, self.elapsed_before = meta["step"], meta["elapsed_s"]
+      ema_updates = meta.get("ema_updates", 0)
+      if meta["iterator"] is not None:  # a converted model has seen no data
+        self.batches.set_state(meta["iterator"])
+      ui.note(f"going on from step {self.step:,} of {self.schedule.total_steps:,}")
+    if hasattr(self.batches, "start") and self.step < self.schedule.total_steps:
+      self.batches.start()
+    self.ema = (HostEma(cfg.optim.ema_decay, cfg.optim.ema_every, ema, ema_updates)
+                if cfg.optim.ema_decay else None)
+    self.metrics = metrics_lib.Metrics(workdir.path, self.step, config_lib.to_dict(cfg))
+    self.last_eval: dict[str, Any] | None = None
+    self.saved = self.step if restored is not None else -1
+    self.was_finished = self.step >= self.schedule.total_steps
+    self.flops_per_token = counts_lib.flops_per_token(cfg.model, cfg.data.sequence_length)
+    self.peak = metrics_lib.peak_flops()
+    self.validation: list[Any] | None = None
+    self.validation_host: list[Any] = []
+    self.validation_bytes = 0
+    self._batch_sharding = None if self.mesh is None else sharding.batch_sharding(self.mesh)
+    self._rates: list[float] = []
+    self._first = True
+
+  # --- parts of the loop
+
+  def put(self, tree: Any, where: Any = None) -> Any:
+    """To the devices, explicitly: implicit transfers are forbidden in the loop."""
+    return jax.device_put(tree, where if self.mesh is not None else None)
+
+  def dispatch(self) -> dict[str, Any]:
+    """Starts the next step; returns its metrics (futures) and host-side numbers."""
+    index, number = self.step, self.step + 1
+    tokens = self.schedule.tokens_before(index)
+    size = self.schedule(index)
+    scheduled = {"lr": self.lr(tokens, number), "bias_speed": self.bias_speed(tokens),
+                 "mtp_weight": self.mtp_weight(tokens)}
+    micros = np.int32(size // self.rows) if self.micros > 1 else None
+    hyper = state_lib.Hyper(*map(np.float32, scheduled.values()), micros)
+    batch = step_lib.pad_micro_batches(next(self.batches), self.micros)
+    hyper = self.put(hyper, None if self.mesh is None else sharding.replicated(self.mesh))
+    batch = self.put(batch, self._batch_sharding)
+    with jax.profiler.StepTraceAnnotation("train", step_num=number):
+      self.state, metrics = self.train_step(self.state, batch, hyper)
+    self.step = number
+    if self.ema is not None:
+      self.ema.submit(number, self.state.params, metrics["bad"])
+    host = {"step": number, "tokens": self.schedule.tokens_before(number), **scheduled,
+            "batch_size": size}
+    return {"host": host, "metrics": metrics}
+
+  def log(self, pending: dict[str, Any], seconds: float) -> None:
+    """Waits for a dispatched step and writes its line; stops a run that diverged."""
+    host, found = pending["host"], jax.device_get(pending["metrics"])
+    if found["bad"] and int(found["bad_steps"]) >= self.cfg.train.max_bad_steps:
+      last = self.checkpoints.steps()[-1:]
+      raise DivergedError(
+          f"stopped at step {host['step']}: the loss or the gradient was not finite "
+          f"{int(found['bad_steps'])} steps in a row (train.max_bad_steps). The parameters were "
+          "left as they were before; lower optim.lr, lengthen optim.warmup_steps or look at the "
+          f"data. " + (f"The checkpoint of step {last[0]} is whole." if last
+                       else "No checkpoint was written yet."))
+    if host["step"] % self.cfg.train.log_every and host["step"] != self.schedule.total_steps:
+      return
+    rate = host["batch_size"] * self.cfg.data.sequence_length / seconds
+    max_vio_L = found["max_vio_L"]
+    record = self.metrics.write({
+        "kind": "train", "step": host["step"], "tokens": host["tokens"],
+        **{k: found[k] for k in ("loss", "mtp_loss", "balance", "accuracy")},
+        "lr": host["lr"], "bias_speed": host["bias_speed"], "mtp_weight": host["mtp_weight"],
+        "grad_norm": found["grad_norm"], "max_vio": max(max_vio_L.tolist(), default=None),
+        "max_vio_L": max_vio_L, "batch_size": host["batch_size"], "bad_steps": found["skipped"],
+        "time": {"tokens_per_s": rate, "step_s": seconds,
+                 "mfu": rate * self.flops_per_token / self.peak, "elapsed_s": self.elapsed()}})
+    self._rates = [*self._rates[-19:], seconds]
+    usual = sorted(self._rates)[len(self._rates) // 2]  # the median: the first step compiles
+    eta = None if self._first else (self.schedule.total_steps - host["step"]) * usual
+    self._first = False
+    self.ui.progress(metrics_lib.progress_line(record, self.schedule.total_steps, eta),
+                     host["step"] / self.schedule.total_steps)
+
+  def elapsed(self) -> float:
+    """Seconds of this run, its earlier parts included."""
+    return self.elapsed_before + time.monotonic() - self.began
+
+  def validate(self, params: Any) -> dict[str, Any]:
+    """Validation numbers of some parameters."""
+    if self.validation is None:
+      self.validation_host = self.corpus.validation_batches(self.rows, self.cfg.train.eval_batches)
+      self.validation_bytes = sum(
+          evaluate_lib.target_bytes(b, self.corpus.tokenizer.token_bytes_V)
+          for b in self.validation_host)
+      where = None if self.mesh is None else jax.sharding.NamedSharding(
+          self.mesh, sharding.spec("tokens_BS"))
+      self.validation = [self.put(b, where) for b in self.validation_host]
+    return evaluate_lib.evaluate(self.sums, params, self.state.buffers, self.validation,
+                                 self.validation_bytes)
+
+  def evaluate(self) -> None:
+    """Validates the current parameters and writes the lines."""
+    found = self.validate(self.state.params)
+    counts_LE = found.pop("counts_LE")
+    where = {"step": self.step, "tokens": self.schedule.tokens_before(self.step)}
+    self.last_eval = self.metrics.write({"kind": "eval", **where, **found})
+    self.metrics.write({"kind": "load", **where, "load_LE": metrics_lib.load_of(counts_LE)})
+    self.ui.note(f"step {self.step:,}: validation loss {found['loss']:.4f}, "
+                 f"{found['bits_per_byte']:.3f} bits per byte")
+
+  def save(self) -> None:
+    """Starts a checkpoint of the current step."""
+    if self.saved == self.step:
+      return
+    self.metrics.sync()
+    evaluated = self.last_eval is not None and self.last_eval["step"] == self.step
+    meta = {"step": self.step, "tokens": self.schedule.tokens_before(self.step),
+            "elapsed_s": self.elapsed(), "val_loss": self.last_eval["loss"] if evaluated else None,
+            "iterator": self.batches.get_state(), "config": config_lib.to_dict(self.cfg)}
+    self.checkpoints.save(self.state, meta, None if self.ema is None else self.ema.result())
+    self.saved = self.step
+
+  # --- the loop
+
+  def train(self, signals: _Signals) -> None:
+    """Steps until the run's tokens are seen or a signal came; leaves a checkpoint either way."""
+    train, total = self.cfg.train, self.schedule.total_steps
+    pending: dict[str, Any] | None = None
+    profiling = False
+    last = time.perf_counter()
+
+    def drain() -> None:
+      nonlocal pending, last
+      if pending is not None:
+        done, pending = pending, None
+        jax.block_until_ready(done["metrics"])
+        now = time.perf_counter()
+        self.log(done, now - last)
+        last = now
+
+    def stop_profile() -> None:
+      nonlocal profiling
+      if profiling:
+        jax.profiler.stop_trace()
+        profiling = False
+
+    if self.step < total:
+      self.ui.progress("compiling the training step (seconds, where the cache has it)",
+                       self.step / total)
+    with contextlib.ExitStack() as stack:
+      stack.callback(stop_profile)
+      # Whatever crosses between host and devices in a step does so on purpose.
+      stack.enter_context(jax.transfer_guard("disallow"))
+      while self.step < total and signals.received is None:
+        if train.profile_from and self.step + 1 == train.profile_from:
+          drain()
+          jax.profiler.start_trace(self.workdir.file("profile"))
+          profiling = True
+        begun = self.dispatch()
+        drain()
+        pending = begun
+        self.checkpoints.poll()
+        step = self.step
+        if profiling and step + 1 >= train.profile_from + train.profile_steps:
+          drain()
+          stop_profile()
+        evaluating = train.eval_every and (step % train.eval_every == 0 or step == total)
+        saving = step % train.checkpoint_every == 0 or step == total
+        if evaluating or saving:
+          drain()
+          with jax.transfer_guard("allow"):
+            if evaluating:
+              self.evaluate()
+            if saving:
+              self.save()
+          last = time.perf_counter()
+      drain()
+    self.save()
+    self.checkpoints.wait()
+
+  def summarize(self) -> dict[str, Any]:
+    """Final numbers, baselines and samples; writes summary.json."""
+    cfg = self.cfg
+    parameters = counts_lib.parameters(cfg.model)
+    final: dict[str, Any] = {"step": self.step,
+                             "tokens": self.schedule.tokens_before(self.step),
+                             "skipped_steps": int(jax.device_get(self.state.skipped))}
+    baselines, samples = {}, []
+    if cfg.train.eval_every:
+      found = self.last_eval or {}
+      if found.get("step") != self.step:
+        found = self.validate(self.state.params)
+      final |= {k: found[k] for k in ("loss", "mtp_loss", "bits_per_byte", "accuracy", "max_vio")}
+      if self.ema is not None:
+        average, updates = self.ema.result().result()
+        if updates:
+          where = None if self.mesh is None else sharding.replicated(self.mesh)
+          averaged = self.validate(self.put(average, where))
+          final |= {"ema_loss": averaged["loss"], "ema_bits_per_byte": averaged["bits_per_byte"]}
+      tokens, sizes = self._validation_tokens()
+      # As much text as the validation batches hold, so that all numbers are of the same text.
+      text = self.corpus.validation_text(self.validation_bytes)
+      baselines = evaluate_lib.baselines(text, tokens, sizes)
+      if cfg.train.sample_tokens:
+        samples = self._samples(text)
+    summary = metrics_lib.plain({
+        "config_hash": hashlib.sha256(config_lib.to_json(cfg).encode()).hexdigest()[:16],
+        "commit": _commit(), "versions": _versions(), "device": _device(),
+        "parameters": parameters["main"] + parameters["mtp"],
+        "activated_parameters": sum(counts_lib.activated_parameters(cfg.model).values()),
+        "parameters_by_part": parameters, "wall_s": self.elapsed(), "final": final,
+        "baselines": baselines, "samples": samples})
+    files.write_atomic(self.workdir.file("summary.json"), json.dumps(summary, indent=2) + "\n")
+    return summary
+
+  def _validation_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+    """The targets of the validation batches, and bytes by token."""
+    kept = [b["tokens"][:, 1:][b["mask"][:, 1:] > 0] if "mask" in b else b["tokens"][:, 1:].ravel()
+            for b in self.validation_host]
+    return np.concatenate(kept), self.corpus.tokenizer.token_bytes_V
+
+  def _samples(self, text: bytes) -> list[dict[str, Any]]:
+    one = jax.local_devices()[0]
+    params, buffers = jax.device_put((self.state.params, self.state.buffers), one)
+    sampler = sample_lib.make_sampler(self.graphdef, self.cfg.runtime)
+    return sample_lib.report_samples(sampler, params, buffers, self.corpus.tokenizer, text,
+                                     self.cfg.data.sequence_length, self.cfg.train.sample_tokens,
+                                     self.cfg.train.seed)
+
+  def close(self) -> None:
+    with contextlib.suppress(CheckpointError):  # raised where it was waited for, or less urgent
+      self.checkpoints.close()
+    self.batches.close()
+    if self.ema is not None:
+      self.ema.close()
+    self.metrics.close()
+
+
+def _commit() -> str:
+  """The code's git commit, with "+" where it was changed since; empty outside a checkout."""
+  def git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=os.path.dirname(__file__), capture_output=True,
+                          text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+  try:
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno")
+                                                     else "")
+  except (OSError, subprocess.SubprocessError):
+    return ""
+
+
+def _versions() -> dict[str, str]:
+  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+  return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+
+def _device() -> str:
+  device = jax.devices()[0]
+  kind = device.device_kind
+  if device.platform == "cpu":
+    kind = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+  return f"{jax.device_count()} x {kind}" if jax.device_count() > 1 else kind
+
+
+def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | None = None,
+        corpus: Any = None) -> RunResult:
+  """Trains until `config.train.tokens`, going on from what the workdir holds.
+
+  Args:
+    config: the whole run.
+    workdir: its folder; made if it does not exist.
+    ui: where progress is shown; the terminal where None (`metrics.Silent()` shows nothing).
+    corpus: prepared data (see `data.pipeline.Corpus`) in place of `config.data`'s sources.
+
+  Returns:
+    How it ended. An interrupted run (SIGINT, SIGTERM) has saved a checkpoint; the same call goes
+    on from there.
+
+  Raises:
+    WorkdirError: the workdir cannot be written, is in use, or was made by another config.
+    ConfigError: the data or the mesh cannot be had.
+    CheckpointError: a checkpoint could not be written, or none that is there is whole.
+    DivergedError: train.max_bad_steps steps in a row were not finite.
+  """
+  use_compilation_cache()
+  ui = metrics_lib.terminal() if ui is None else ui
+  trainer = None
+  try:
+    with Workdir(workdir, config) as folder, warnings.catch_warnings():
+      warnings.simplefilter("always", UserWarning)
+      warnings.showwarning = lambda message, *rest, **more: ui.note(f"warning: {message}")
+      if corpus is None:
+        from dsv3_jax.data import pipeline  # after the workdir is known to be ours
+
+        corpus = pipeline.prepare(config.data, config.model.vocab_size, folder.path)
+      trainer = _Trainer(config, folder, corpus, ui)
+      ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
+              f"{trainer.schedule.total_steps:,} steps of {config.data.batch_size} x "
+              f"{config.data.sequence_length} tokens, {_device()}")
+      with _Signals(ui) as signals:
+        trainer.train(signals)
+        received = signals.received
+      finished = trainer.step >= trainer.schedule.total_steps
+      tokens = trainer.schedule.tokens_before(trainer.step)
+      if not finished:
+        ui.note(f"saved step {trainer.step:,}; run the same command to go on")
+        return RunResult(folder.path, trainer.step, tokens, False, 128 + received, {})
+      path = folder.file("summary.json")
+      if trainer.was_finished and os.path.exists(path):
+        with open(path) as f:
+          summary = json.load(f)
+      else:
+        summary = trainer.summarize()
+      return RunResult(folder.path, trainer.step, tokens, True, 0, summary)
+  finally:
+    if trainer is not None:
+      trainer.close()
+    ui.close()
