@@ -11,9 +11,9 @@ Three selections live in this file, and they differ on purpose:
 3. *The balance loss* counts the A largest **unbiased** affinities over **all** experts (eq. 18).
 
 The bias follows the load, not a gradient: after each optimizer step it rises by `speed` where an
-expert got less than the mean load of the global batch and falls where it got more. Counts are summed
-over every micro-batch and device first, and both live in fp32: near 0.5 the spacing of bf16 is
-coarser than the report's speed of 0.001.
+expert got less than the mean load of the global batch and falls where it got more. Counts are
+summed over every micro-batch and device first, and both live in fp32: near 0.5 the spacing of bf16
+is coarser than the report's speed of 0.001.
 """
 
 from typing import NamedTuple
@@ -82,15 +82,22 @@ def expert_counts(expert_PA: jax.Array, experts: int, valid_P: jax.Array | None 
   return jnp.zeros((experts,), jnp.float32).at[expert_PA].add(weight_PA)
 
 
-def _fractions(affinity_BTE: jax.Array, expert_BTA: jax.Array, valid_BT: jax.Array
-               ) -> tuple[jax.Array, jax.Array]:
-  """f and P of eq. 18-20 for each sequence, two [B, E]; `expert_BTA` are the counted experts."""
+def _fractions(affinity_BTE: jax.Array, expert_BTA: jax.Array, valid_BT: jax.Array,
+               axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array]:
+  """f and P of eq. 18-20 for each sequence, two [B, E]; `expert_BTA` are the counted experts.
+
+  With mesh `axes` a sequence is cut over them: f is the whole's, and P is this shard's part of it
+  times the number of shards.
+  """
   B, _, E = affinity_BTE.shape
   A = expert_BTA.shape[-1]
-  tokens_B = jnp.maximum(valid_BT.sum(1), 1)
+  tokens_B = valid_BT.sum(1)
   row = jnp.arange(B)[:, None, None]
   counts_BE = jnp.zeros((B, E), jnp.float32).at[row, expert_BTA].add(
       jnp.broadcast_to(valid_BT[..., None], expert_BTA.shape))
+  if axes:
+    tokens_B, counts_BE = jax.lax.pmean((tokens_B, counts_BE), axes)
+  tokens_B = jnp.where(tokens_B > 0, tokens_B, 1)
   share_BTE = affinity_BTE / affinity_BTE.sum(-1, keepdims=True)
   f_BE = E / (A * tokens_B[:, None]) * counts_BE
   p_BE = jnp.einsum("bte,bt->be", share_BTE, valid_BT) / tokens_B[:, None]
@@ -126,15 +133,13 @@ def batch_balance(affinity_BTE: jax.Array, active: int, valid_BT: jax.Array,
     affinity_BTE: fp32, this shard's sequences.
     active: A.
     valid_BT: fp32 0/1.
-    axes: mesh axes over which the batch is sharded. f is summed over them; P stays local, so that
-      the mean of the shards' losses has the gradient of the whole batch's loss.
+    axes: mesh axes over which the batch is sharded. Counts are summed over them; P stays local,
+      so that the mean of the shards' results is the whole batch's loss, and its gradient likewise.
   """
   B, T, E = affinity_BTE.shape
   flat_PE, valid_P = affinity_BTE.reshape(1, B * T, E), valid_BT.reshape(1, B * T)
   expert_PA = jax.lax.top_k(jax.lax.stop_gradient(flat_PE), active)[1]
-  f_BE, p_BE = _fractions(flat_PE, expert_PA, valid_P)
-  if axes:
-    f_BE = jax.lax.pmean(f_BE, axes)
+  f_BE, p_BE = _fractions(flat_PE, expert_PA, valid_P, axes)
   return jnp.sum(f_BE * p_BE)
 
 
