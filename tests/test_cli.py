@@ -268,3 +268,27 @@ def test_report_command(tmp_path):
   assert result.returncode == 0, result.stderr
   assert Path(result.stdout.strip()) == workdir / "report.html"
   assert (workdir / "report.html").is_file()
+
+
+@pytest.mark.parametrize("exit_code", [0, 130])
+def test_train_passes_the_config_on_and_reports(tmp_path, monkeypatch, capsys, exit_code):
+  """Oracle: a stand-in for training sees config and workdir; report, command and code follow it."""
+  from dsv3_jax import train
+
+  seen = []
+
+  def stand_in(config, workdir):
+    seen.append((config, workdir))
+    synthetic.write(Path(workdir), steps=3, eval_every=0, finished=False)
+    return train.RunResult(workdir, 3, 6144, exit_code == 0, exit_code, {})
+
+  monkeypatch.setattr(train, "run", stand_in)
+  monkeypatch.chdir(tmp_path)
+  words = ["train", f"--config={TINY}:smoke", "--config.optim.lr=0.5"]
+  assert cli.run(words) == exit_code
+  workdir = tmp_path / "runs" / "tiny-smoke"
+  expected = cli.load_config(f"{TINY}:smoke", [("optim.lr", "0.5")])
+  assert seen == [(expected, "runs/tiny-smoke")]
+  assert "report: runs/tiny-smoke/report.html" in capsys.readouterr().out
+  assert (workdir / "command.txt").read_text() == f"dsv3 {' '.join(words)}\n"
+  assert words[-1] in (workdir / "report.html").read_text()
