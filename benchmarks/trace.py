@@ -20,6 +20,7 @@ import jax
 _CONTAINERS = ("while", "call", "conditional")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\([^=]*?\)|\S+) ([\w-]+)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_OPERAND = re.compile(r"\(%?([\w.-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +72,19 @@ def read(path: str) -> list[Event]:
 
 
 def instructions(hlo: str) -> dict[str, tuple[str, str, str]]:
-  """Name of each instruction in HLO text to its shape, opcode and op_name."""
+  """Name of each instruction in HLO text to its shape, opcode and op_name.
+
+  Copies that the compiler put in have no op_name; theirs says what they copy.
+  """
   found = {}
   for line in hlo.splitlines():
     match = _INSTRUCTION.match(line)
     if match:
-      op_name = _OP_NAME.search(line)
-      found[match[1]] = (match[2], match[3], op_name[1] if op_name else "")
+      op_name, operand = _OP_NAME.search(line), _OPERAND.search(line, match.end() - 1)
+      text = op_name[1] if op_name else ""
+      if match[3] == "copy" and operand and not text:
+        text = f"copy of {re.sub(r'[.][.0-9]*$', '', operand[1])}"
+      found[match[1]] = (match[2], match[3], text)
   return found
 
 
@@ -151,6 +158,8 @@ _SCOPES = ("optimizer", "head_loss", "router", "dispatch", "experts", "combine",
 
 def _phase(op_name: str) -> str:
   """Named scope and direction of an operation."""
+  if op_name.startswith("copy of "):
+    return re.sub(r"_(mu|nu|params)_.*", r" \1", op_name)
   scope = next((s for s in _SCOPES if re.search(rf"\b{s}\b", op_name)), "")
   if not scope:
     scope = "attention or norm in a block" if "closed_call" in op_name else "other"
