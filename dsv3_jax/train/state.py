@@ -107,9 +107,10 @@ def initializer(
            else sharding.replicated(mesh))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
                           jax.eval_shape(init))
-  # Drawn on one device and then copied: the partitioner takes minutes over random numbers whose
-  # result it must replicate, and the numbers cannot depend on the mesh.
-  return graphdef, abstract, lambda: jax.device_put(jax.jit(init)(), where)
+  # Drawn on one device and then copied: so the numbers cannot depend on the mesh.
+  # What runs once is not worth optimising: code generation at level 0 saves seconds.
+  compiled = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
+  return graphdef, abstract, lambda: jax.device_put(compiled(), where)
 
 
 def count(tree: Any) -> int:

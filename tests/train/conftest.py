@@ -1,5 +1,6 @@
 """One compilation cache for this folder's tests, and one finished run that several look at."""
 
+import functools
 import pathlib
 
 import jax
@@ -8,6 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3_jax import train
 from dsv3_jax.train import metrics
+from tests import quick
 from tests.train import fakes
 
 
@@ -20,7 +22,9 @@ def cache_dir(tmp_path_factory) -> pathlib.Path:
   for key, value in keys.items():
     jax.config.update(key, value)
   compilation_cache.reset_cache()
+  jit, jax.jit = jax.jit, functools.partial(jax.jit, compiler_options=quick.options())
   yield folder
+  jax.jit = jit
   for key, value in before.items():
     jax.config.update(key, value)
   compilation_cache.reset_cache()

@@ -1,0 +1,30 @@
+"""Meshes and PartitionSpecs."""
+
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax import config
+from dsv3_jax.parallel import mesh, sharding
+
+
+@pytest.mark.parametrize("name, ndim, expected", [
+    ("tokens_BT", None, P("data", None)), ("tokens_BS", 3, P(None, "data", None)),
+    ("w_gate_EDF", 4, P()), ("step", 0, P()), ("mtp_loss", 1, P())])
+def test_spec(name, ndim, expected):
+  """Oracle: the letters, written out."""
+  assert sharding.spec(name, ndim) == expected
+
+
+def test_spec_collision():
+  """Oracle: one mesh axis cannot cut two letters of one array."""
+  with pytest.raises(ValueError, match="x_BT"):
+    sharding.spec("x_BT", rules={"B": "data", "T": "data"})
+  with pytest.raises(ValueError, match="rank 1"):
+    sharding.spec("x_BT", 1)
+
+
+def test_mesh_of_virtual_devices():
+  """Oracle: the sizes asked for; too many is an error that says how to get them."""
+  assert dict(mesh.make_mesh(config.Mesh(data=4)).shape) == {"data": 4}
+  with pytest.raises(config.ConfigError, match="runtime.mesh.data=64 needs 64 devices and 8"):
+    mesh.make_mesh(config.Mesh(data=64))

@@ -1,0 +1,172 @@
+"""Whole runs: interruptions leave no trace, bad input and bad numbers end clearly."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax import config as config_lib
+from dsv3_jax import train
+from dsv3_jax.train import checkpoint, loop, metrics, schedules, workdir
+from tests.train import fakes
+
+
+def _records(folder) -> list[dict]:
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+def _assert_same_run(a, b) -> None:
+  """The same metrics (wall-clock apart) and the same final state, bit for bit."""
+  assert _records(a) == _records(b)
+  stores = [checkpoint.load_params(str(f)) + checkpoint.load_params(str(f), ema=True)[:1]
+            for f in (a, b)]
+  (params_a, buffers_a, meta_a, ema_a), (params_b, buffers_b, meta_b, ema_b) = stores
+  assert (meta_a["step"], meta_a["tokens"], meta_a["iterator"]) == (
+      meta_b["step"], meta_b["tokens"], meta_b["iterator"])
+  for x, y in zip(jax.tree.leaves((params_a, buffers_a, ema_a)),
+                  jax.tree.leaves((params_b, buffers_b, ema_b)), strict=True):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def _run(config, folder, ui=None) -> train.RunResult:
+  return train.run(config, str(folder), ui=ui or metrics.Silent(), corpus=fakes.FakeCorpus(config))
+
+
+class Interrupt(metrics.Silent):
+  """Sends this process a signal when the numbers of a step appear; keeps the notes."""
+
+  def __init__(self, step: int, number: int = signal.SIGTERM):
+    self._step, self._number, self.notes = step, number, []
+
+  def note(self, text: str) -> None:
+    self.notes.append(text)
+
+  def progress(self, line: str, done: float) -> None:
+    if line.startswith(f"step {self._step}/"):
+      os.kill(os.getpid(), self._number)
+
+
+def test_a_finished_run(whole, config):
+  """Oracle: the schedules and counts by hand; learning; what the workdir should hold."""
+  rows = _records(whole)
+  steps = [r for r in rows if r["kind"] == "train"]
+  assert [r["step"] for r in steps] == list(range(1, 13))
+  assert [r["tokens"] for r in steps] == [64 * i for i in range(1, 13)]
+  lr = schedules.learning_rate(config.optim, config.train.tokens)
+  assert [r["lr"] for r in steps] == [lr(64 * i, i + 1) for i in range(12)]
+  assert steps[-1]["loss"] < steps[0]["loss"] - 0.4
+  assert steps[-1]["loss"] != steps[-2]["loss"] and steps[0]["grad_norm"] > 0
+  evals = [r for r in rows if r["kind"] == "eval"]
+  assert [r["step"] for r in evals] == [4, 8, 12]
+  assert evals[-1]["loss"] < evals[0]["loss"]
+  load = [r for r in rows if r["kind"] == "load"][-1]["load_LE"]
+  np.testing.assert_allclose(np.mean(load, axis=1), [1, 1], rtol=1e-6)
+  assert evals[-1]["max_vio"] == pytest.approx(np.max(load) - 1, rel=1e-5)
+  assert config_lib.from_json((whole / "config.json").read_text()) == config
+  best = min(evals, key=lambda r: r["loss"])["step"]
+  assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == sorted(
+      {"00000008", "00000012", f"{best:08d}"})
+  summary = json.loads((whole / "summary.json").read_text())
+  assert summary["final"]["loss"] == evals[-1]["loss"]
+  assert summary["final"]["ema_bits_per_byte"] != summary["final"]["bits_per_byte"]
+  assert {"unigram", "gzip -9", "xz"} == set(summary["baselines"])
+  assert list((whole / "tensorboard").iterdir())
+
+
+def test_a_finished_run_is_left_alone(whole, config, tmp_path):
+  """Oracle: the files of the first run; nothing is trained again."""
+  folder = tmp_path / "copy"
+  shutil.copytree(whole, folder)
+  before = (folder / "metrics.jsonl").read_bytes()
+  result = _run(config, folder)
+  assert result.finished and result.step == 12 and result.tokens == 768
+  assert result.summary == json.loads((whole / "summary.json").read_text())
+  assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_signal_saves_and_the_run_goes_on(whole, config, tmp_path):
+  """Oracle: the uninterrupted run, bit for bit, after SIGTERM between two checkpoints."""
+  ui = Interrupt(5)
+  handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  result = _run(config, tmp_path, ui)
+  assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+  assert not result.finished and result.exit_code == 143 and 5 <= result.step <= 7
+  assert checkpoint.load_params(str(tmp_path))[2]["step"] == result.step
+  assert any("SIGTERM" in n for n in ui.notes) and "run the same command" in ui.notes[-1]
+  assert not (tmp_path / "summary.json").exists()
+  # Lines from after the checkpoint, as a run that went on and died would leave.
+  with open(tmp_path / "metrics.jsonl", "a") as f:
+    f.write(json.dumps({"kind": "train", "step": 11, "loss": 0.0}) + '\n{"kind": "tr')
+  result = _run(config, tmp_path)
+  assert result.finished and result.exit_code == 0
+  _assert_same_run(whole, tmp_path)
+
+
+def test_kill_9_three_times(whole, config, cache_dir, tmp_path):
+  """Oracle: the uninterrupted run, bit for bit, after SIGKILL at three random steps."""
+  folder = tmp_path / "run"
+  folder.mkdir()
+  (tmp_path / "config.json").write_text(config_lib.to_json(config))
+  steps = sorted(random.sample(range(1, 12), 3))
+  command = [sys.executable, "-m", "tests.train.killed", str(folder), str(cache_dir)]
+  done = subprocess.run([*command, *map(str, steps)], capture_output=True, text=True)
+  lines = done.stdout.splitlines()
+  assert len(lines) == 3 and all(line.endswith("SIGKILL") for line in lines), (lines, done.stderr)
+  result = _run(config, folder)
+  assert result.finished, lines
+  _assert_same_run(whole, folder)
+
+
+def test_diverged(config, tmp_path, monkeypatch):
+  """Oracle: parameters before the bad batches; the run stops at max_bad_steps and says so."""
+  config = config_lib.replace(config, **{"train.max_bad_steps": 3, "optim.ema_decay": 0.0,
+                                         "train.eval_every": 0})
+  target = loop.step_lib.make_train_step
+
+  def poisoned(*args, **kwargs):
+    inner = target(*args, **kwargs)
+
+    def train_step(state, batch, hyper):
+      number = int(jax.device_get(state.step)) + 1
+      bad = jax.device_put(np.float32(np.nan if number > 6 else hyper.lr))
+      weight = hyper.mtp_weight if number <= 6 else bad
+      return inner(state, batch, loop.state_lib.Hyper(hyper.lr, hyper.bias_speed, weight))
+    return train_step
+
+  monkeypatch.setattr(loop.step_lib, "make_train_step", poisoned)
+  with pytest.raises(train.loop.DivergedError, match=r"step 9.* 3 steps in a row.*step 4 is whole"):
+    _run(config, tmp_path)
+  steps = [r for r in _records(tmp_path) if r["kind"] == "train"]
+  assert [r["bad_steps"] for r in steps] == [0] * 6 + [1, 2]
+  assert steps[-1]["grad_norm"] is None
+
+
+def test_another_config_is_refused(whole, config):
+  """Oracle: the key and both values in the message, before anything is touched."""
+  other = config_lib.replace(config, **{"optim.lr": 0.5})
+  before = (whole / "config.json").read_bytes()
+  with pytest.raises(workdir.WorkdirError, match=r"optim.lr: 0.01 there, 0.5 now"):
+    _run(other, whole)
+  assert (whole / "config.json").read_bytes() == before
+
+
+def test_ramp_mesh_and_samples(config, tmp_path):
+  """Law: a batch ramp on two devices goes through, with its sizes in the metrics; samples exist."""
+  config = config_lib.replace(config, **{
+      "data.batch_size": 8, "data.batch_start": 2, "data.microbatch": 2,
+      "data.batch_ramp_until": 0.5, "data.batch_ramp_stages": 3, "runtime.mesh.data": 2,
+      "train.sample_tokens": 4})
+  result = _run(config, tmp_path)
+  sizes = [r["batch_size"] for r in _records(tmp_path) if r["kind"] == "train"]
+  assert sizes == sorted(sizes) and set(sizes) == {2, 4, 6, 8}
+  kinds = [s["kind"] for s in result.summary["samples"]]
+  assert kinds == ["completion", "infill"] * 2
+  assert all(s["text"] and s["reference"] for s in result.summary["samples"])

@@ -1,0 +1,82 @@
+"""Where numbers go."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.train import metrics
+
+
+def _lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_cut_back_on_resume(tmp_path):
+  """Oracle: the lines up to the step, written out; a half line and later steps are gone."""
+  path = tmp_path / "metrics.jsonl"
+  rows = [{"kind": kind, "step": step} for step in range(1, 6) for kind in ("train", "eval")]
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"kind": "train", "st')
+  log = metrics.JsonLines(str(path), 3)
+  log.write({"kind": "train", "step": 4, "again": True})
+  log.close()
+  assert _lines(path) == rows[:6] + [{"kind": "train", "step": 4, "again": True}]
+  metrics.JsonLines(str(path), 0).close()
+  assert path.read_text() == ""
+
+
+def test_plain_is_json():
+  """Oracle: a strict JSON parser, and exact float32 values."""
+  record = {"loss": np.float32(0.1), "bad": jnp.asarray(True), "nan": jnp.nan,
+            "list": [np.float32("inf"), np.arange(2)], "time": {"x": math.pi}}
+  found = json.loads(json.dumps(metrics.plain(record), allow_nan=False))
+  assert found == {"loss": float(np.float32(0.1)), "bad": True, "nan": None,
+                   "list": [None, [0, 1]], "time": {"x": math.pi}}
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+  """Oracle: the event file read back by tensorboardX's own protocol buffers."""
+  from tensorboardX.proto import event_pb2
+
+  board = metrics.TensorBoard(str(tmp_path), 0)
+  board.write({"kind": "train", "step": 3, "loss": 2.5, "mtp_loss": [3.5], "grad_norm": None,
+               "time": {"mfu": 0.5}})
+  board.write({"kind": "load", "step": 3, "load_LE": [[1.0, 1.0]]})
+  board.close()
+  data = next(tmp_path.iterdir()).read_bytes()
+  found, at = {}, 0
+  while at < len(data):
+    size = int.from_bytes(data[at:at + 8], "little")
+    event = event_pb2.Event.FromString(data[at + 12:at + 12 + size])
+    for value in event.summary.value:
+      found[value.tag] = (event.step, value.simple_value)
+    at += size + 16
+  assert {k: v for k, v in found.items() if not k.startswith("load")} == {
+      "train/loss": (3, 2.5), "train/mtp_loss_1": (3, 3.5), "train/mfu": (3, 0.5)}
+  assert "load/layer_0" in found
+
+
+def test_progress_line():
+  """Oracle: the text, written out."""
+  record = {"step": 1200, "loss": 2.34567, "max_vio": 0.256, "bad_steps": 0,
+            "time": {"tokens_per_s": 5123.4, "mfu": 0.624}}
+  assert metrics.progress_line(record, 2000, 3725.0) == (
+      "step 1,200/2,000  loss 2.3457  5,123 tok/s  ETA 1:02:05  MaxVio 0.26  MFU 62%")
+  broken = record | {"loss": None, "max_vio": None, "bad_steps": 2}
+  assert metrics.progress_line(broken, 2000, None) == (
+      "step 1,200/2,000  loss nan  5,123 tok/s  MFU 62%  skipped 2")
+
+
+def test_lines_are_few(capsys):
+  """Oracle: counting: one line at the start, none within the interval, the last one always."""
+  lines = metrics.Lines(every_s=1000)
+  for i in range(10):
+    lines.progress(f"step {i}", i / 10)
+  lines.progress("last", 1.0)
+  assert capsys.readouterr().out.splitlines() == ["step 0", "last"]
+
+
+def test_expert_load():
+  """Oracle: by hand."""
+  np.testing.assert_allclose(metrics.load_of([[1, 3], [0, 0]]), [[0.5, 1.5], [0, 0]])

@@ -1,0 +1,66 @@
+"""Workdirs that cannot be used say so before any work."""
+
+import pytest
+
+from dsv3_jax import config
+from dsv3_jax.train import workdir
+
+
+def test_another_config(tmp_path):
+  """Oracle: the message names each differing key with both values, and nothing else."""
+  old = config.Config()
+  with workdir.Workdir(str(tmp_path), old):
+    pass
+  new = config.replace(old, **{"model.moe.experts": 8, "train.tokens": 5e6,
+                               "train.log_every": 7, "runtime.remat": "layer"})
+  with pytest.raises(workdir.WorkdirError) as error, workdir.Workdir(str(tmp_path), new):
+    pass
+  lines = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:-1]]
+  assert lines == ["model.moe.experts", "train.tokens"]
+  assert "16 there, 8 now" in str(error.value)
+  assert config.from_json((tmp_path / "config.json").read_text()) == old
+
+
+def test_free_keys_may_change(tmp_path):
+  """Oracle: the same workdir opens, and config.json holds what is in force now."""
+  with workdir.Workdir(str(tmp_path), config.Config()):
+    pass
+  new = config.replace(config.Config(), **{"train.eval_every": 7, "runtime.mesh.data": 2,
+                                           "data.workers": 0})
+  with workdir.Workdir(str(tmp_path), new):
+    pass
+  assert config.from_json((tmp_path / "config.json").read_text()) == new
+
+
+def test_every_free_key_exists():
+  """Oracle: the config's own fields."""
+  keys = workdir._flat(config.to_dict(config.Config()))
+  for free in workdir.FREE:
+    assert any(k == free or k.startswith(free + ".") for k in keys), free
+
+
+def test_not_writable(tmp_path):
+  """Oracle: a folder below a file, which not even root can make."""
+  (tmp_path / "file").write_text("")
+  for path in (tmp_path / "file", tmp_path / "file" / "below"):
+    with pytest.raises(workdir.WorkdirError, match="cannot write to workdir"), \
+        workdir.Workdir(str(path), config.Config()):
+      pass
+
+
+def test_one_process_at_a_time(tmp_path):
+  """Oracle: a second claim fails, and works once the first has ended."""
+  with workdir.Workdir(str(tmp_path), config.Config()):
+    with pytest.raises(workdir.WorkdirError, match="another process"), \
+        workdir.Workdir(str(tmp_path), config.Config()):
+      pass
+  with workdir.Workdir(str(tmp_path), config.Config()):
+    pass
+
+
+def test_a_broken_config_file(tmp_path):
+  """Oracle: the message names the file."""
+  (tmp_path / "config.json").write_text('{"modle": {}}')
+  with pytest.raises(workdir.WorkdirError, match="config.json.*model"), \
+      workdir.Workdir(str(tmp_path), config.Config()):
+    pass
