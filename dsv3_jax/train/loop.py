@@ -25,6 +25,7 @@ import subprocess
 import time
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -398,6 +399,16 @@ def _device() -> str:
   return f"{jax.device_count()} x {kind}" if jax.device_count() > 1 else kind
 
 
+def _preparing(ui: metrics_lib.Silent) -> Callable[[str, int, int], None]:
+  """Shows how far the data are."""
+  def progress(stage: str, done: int, total: int) -> None:
+    share = done / total if total else 0.0
+    ui.progress(f"{stage}: {done / 1e6:,.0f} MB" + (f" of {total / 1e6:,.0f}" if total else ""),
+                min(share, 0.999))
+
+  return progress
+
+
 def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | None = None,
         corpus: Any = None) -> RunResult:
   """Trains until `config.train.tokens`, going on from what the workdir holds.
@@ -428,7 +439,8 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
       if corpus is None:
         from dsv3_jax.data import pipeline  # after the workdir is known to be ours
 
-        corpus = pipeline.prepare(config.data, config.model.vocab_size, folder.path)
+        corpus = pipeline.prepare(config.data, config.model.vocab_size, folder.path,
+                                  _preparing(ui))
       trainer = _Trainer(config, folder, corpus, ui)
       ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
               f"{trainer.schedule.total_steps:,} steps of {config.data.batch_size} x "
