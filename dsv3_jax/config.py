@@ -180,7 +180,7 @@ class Runtime:
   compute_dtype: str = "float32"
   remat: str = "none"  # see dsv3_jax/model/remat.py
   attention: str = "auto"  # dsv3_jax.ops.attention implementation
-  attention_block: int = 512  # query and key rows of one tile of the blockwise form
+  attention_block: int = 0  # query and key rows of a tile of the blockwise form; 0: by length
   gemm: str = "auto"  # dsv3_jax.ops.grouped_gemm implementation
   layer_unroll: int = 1  # layers unrolled per iteration of the scan; 0 unrolls all
   head_chunk: int = 1024  # tokens whose logits exist at once in the loss
@@ -192,8 +192,8 @@ class Runtime:
     _one_of(s, self, "remat", ("none", "report", "layer"))
     _one_of(s, self, "attention", ("auto", "xla", "cudnn", "reference"))
     _one_of(s, self, "gemm", ("auto", "xla", "ragged_dot", "reference"))
-    _positive(s, self, "attention_block", "head_chunk")
-    _not_negative(s, self, "layer_unroll")
+    _positive(s, self, "head_chunk")
+    _not_negative(s, self, "attention_block", "layer_unroll")
 
 
 @dataclasses.dataclass(frozen=True)

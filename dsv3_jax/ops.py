@@ -43,7 +43,7 @@ def _dispatch(op: str, impl: str, implementations: dict[str, Callable], auto: tu
 
 
 def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
-              segments_BT: jax.Array | None = None, impl: str = "auto", block: int = 512
+              segments_BT: jax.Array | None = None, impl: str = "auto", block: int = 0
               ) -> jax.Array:
   """Causal attention of separate key and value widths.
 
@@ -52,7 +52,7 @@ def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale:
     scale: factor on the scores.
     segments_BT: int32; a query sees only keys of its own number. None: plain causal.
     impl: auto, xla (blockwise, linear memory), cudnn, reference.
-    block: tile rows of the blockwise form.
+    block: tile rows of the blockwise form; 0 lets it choose.
 
   Returns:
     [B, T, H, U] in the dtype of the queries.

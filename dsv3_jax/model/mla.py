@@ -31,6 +31,11 @@ from dsv3_jax import config, ops
 from dsv3_jax.model import layers, rope
 
 
+def _rotate_in_halves(w: jax.Array, keep: int) -> jax.Array:
+  """Columns from `keep` on brought from pairs into halves; see `rope`."""
+  return jnp.concatenate([w[..., :keep], rope.to_halves(w[..., keep:])], axis=-1)
+
+
 class MLA(nnx.Module):
   """Attention parameters and the expanded computation."""
 
@@ -54,10 +59,12 @@ class MLA(nnx.Module):
     dtype, N = x_BTD.dtype, self.cfg.nope_dim
     if self.cfg.q_rank:
       latent_BTQ = checkpoint_name(x_BTD @ self.w_dq_DQ[...].astype(dtype), "q_latent")
-      latent_BTQ = layers.rms_norm(latent_BTQ, self.q_norm_Q[...], self.cfg.latent_norm_eps)
-      q_BTHK = jnp.einsum("btq,qhk->bthk", latent_BTQ, self.w_uq_QHK[...].astype(dtype))
+      x_BTD = layers.rms_norm(latent_BTQ, self.q_norm_Q[...], self.cfg.latent_norm_eps)
+      w_HK = self.w_uq_QHK[...]
     else:
-      q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.w_q_DHK[...].astype(dtype))
+      w_HK = self.w_q_DHK[...]
+    w_HK = _rotate_in_halves(w_HK.astype(dtype), N)
+    q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, w_HK)
     rotated = rope.apply_rope(q_BTHK[..., N:], cos, sin)
     return jnp.concatenate([q_BTHK[..., :N], rotated], axis=-1)
 
@@ -65,7 +72,8 @@ class MLA(nnx.Module):
               ) -> tuple[jax.Array, jax.Array]:
     """Normalised latent [B, T, C] and rotated shared key [B, T, R]: all that a cache stores."""
     C = self.cfg.kv_rank
-    z_BTZ = checkpoint_name(x_BTD @ self.w_dkv_DZ[...].astype(x_BTD.dtype), "kv_latent")
+    w_dkv_DZ = _rotate_in_halves(self.w_dkv_DZ[...].astype(x_BTD.dtype), C)
+    z_BTZ = checkpoint_name(x_BTD @ w_dkv_DZ, "kv_latent")
     c_BTC = layers.rms_norm(z_BTZ[..., :C], self.kv_norm_C[...], self.cfg.latent_norm_eps)
     return c_BTC, rope.apply_rope(z_BTZ[..., C:], cos, sin)
 

@@ -55,12 +55,13 @@ class MoECall(NamedTuple):
 
 
 def block_rows(pairs: int, experts: int) -> int:
-  """Rows of a block: about half an expert's mean share, a power of two from 8 to 256.
+  """Rows of a block: about a quarter of an expert's mean share, a power of two from 8 to 128.
 
-  Larger blocks make better matmuls, smaller ones waste fewer padded rows.
+  Larger blocks make better matmuls, smaller ones waste fewer padded rows. Above 128 a block and
+  its product leave a CPU's L2 cache (measured: 44 ms against 27 ms at 256 and 128 rows).
   """
-  share = max(pairs // (2 * experts), 1)
-  return int(np.clip(2 ** int(np.log2(share)), 8, 256))
+  share = max(pairs // (4 * experts), 1)
+  return int(np.clip(2 ** int(np.log2(share)), 8, 128))
 
 
 def plan(expert_PA: jax.Array, experts: int, block: int) -> Plan:
@@ -110,6 +111,16 @@ collect.defvjp(lambda y_MD, p: (collect(y_MD, p), p),
                lambda p, dy_PD: (_spread(dy_PD, p.pair_M, p.row_PA.shape[1]), None))
 
 
+@jax.custom_vjp
+def spread_gates(gate_PA: jax.Array, p: Plan) -> jax.Array:
+  """The gate of each row, fp32 [M]; 0 for padding."""
+  return jnp.take(gate_PA.reshape(-1), p.pair_M, mode="fill", fill_value=0)
+
+
+spread_gates.defvjp(lambda gate_PA, p: (spread_gates(gate_PA, p), p),
+                    lambda p, dgate_M: (dgate_M[p.row_PA], None))
+
+
 class MoELayer(nnx.Module):
   """Router, routed experts and shared experts."""
 
@@ -128,7 +139,7 @@ class MoELayer(nnx.Module):
   def experts(self, x_PD: jax.Array, routed: routing.Routing, gemm: str) -> jax.Array:
     """Sum over each token's experts of gate * FFN(x), [P, D]."""
     dtype = x_PD.dtype
-    E, A = self.cfg.experts, self.cfg.active
+    E = self.cfg.experts
     p = plan(routed.expert_PA, E, block_rows(routed.expert_PA.size, E))
     with jax.named_scope("dispatch"):
       x_MD = checkpoint_name(spread(x_PD, p), "dispatched")
@@ -164,17 +175,3 @@ class MoELayer(nnx.Module):
         routing.sequence_balance(affinity_BTE, A, valid_BT) if want.sequence_balance else zero,
         routing.batch_balance(affinity_BTE, A, valid_BT, call.axes) if want.batch_balance else zero,
         routing.expert_balance(affinity_BTE, expert_BTA, valid_BT) if want.expert_balance else zero)
-
-
-def spread_gates(gate_PA: jax.Array, p: Plan) -> jax.Array:
-  """The gate of each row, fp32 [M]; 0 for padding."""
-  return _spread_gates(gate_PA.reshape(-1), p)
-
-
-@jax.custom_vjp
-def _spread_gates(gate: jax.Array, p: Plan) -> jax.Array:
-  return jnp.take(gate, p.pair_M, mode="fill", fill_value=0)
-
-
-_spread_gates.defvjp(lambda gate, p: (_spread_gates(gate, p), p),
-                     lambda p, dgate_M: (dgate_M[p.row_PA.reshape(-1)], None))

@@ -9,6 +9,7 @@ varies between calls is an argument. To train, split it:
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -79,10 +80,8 @@ class Transformer(nnx.Module):
       segments_BT: int32; tokens see only their own segment. None: plain causal attention.
       runtime: dtypes and implementations.
     """
-    tokens_BT = jnp.asarray(tokens_BT)
-    hidden = self.hidden(self.embed(tokens_BT, runtime), segments_BT=segments_BT, runtime=runtime)
-    return Output(self.logits(hidden.h_BTD), tuple(self.logits(h) for h in hidden.mtp),
-                  hidden.stats.counts_E if hidden.stats is not None else None)
+    graphdef, state = nnx.split(self)
+    return _forward(graphdef, state, jnp.asarray(tokens_BT), segments_BT, runtime)
 
   def embed(self, tokens: jax.Array, runtime: config.Runtime) -> jax.Array:
     """Embeddings [..., D] of int tokens [...], in the compute dtype; no scaling."""
@@ -94,7 +93,8 @@ class Transformer(nnx.Module):
                       preferred_element_type=jnp.float32)
 
   def hidden(self, embedded_BSD: jax.Array, *, length: int | None = None,
-             segments_BT: jax.Array | None = None, valid_BT: jax.Array | None = None, mtp_valid_KBT: jax.Array | None = None,
+             segments_BT: jax.Array | None = None, valid_BT: jax.Array | None = None,
+             mtp_valid_KBT: jax.Array | None = None,
              balance: config.Loss | None = None, axes: tuple[str, ...] = (),
              runtime: config.Runtime = config.Runtime()) -> Hidden:
     """Runs all blocks.
@@ -158,3 +158,12 @@ class Transformer(nnx.Module):
     _, (read_KBTD, stats) = scan(self.mtp, step, h_BTD, call.runtime.layer_unroll,
                                  (shifted_KBTD, valid_KBT))
     return tuple(read_KBTD), stats
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _forward(graphdef, state, tokens_BT, segments_BT, runtime) -> Output:
+  """Compiled once for each model shape, so that calls from a notebook do not retrace."""
+  model = nnx.merge(graphdef, state)
+  hidden = model.hidden(model.embed(tokens_BT, runtime), segments_BT=segments_BT, runtime=runtime)
+  return Output(model.logits(hidden.h_BTD), tuple(model.logits(h) for h in hidden.mtp),
+                hidden.stats.counts_E if hidden.stats is not None else None)

@@ -4,8 +4,9 @@ optax's `mu_dtype` covers the first moment alone; `scale_by_adam` here stores ei
 (report 3.3.3 keeps both so). The arithmetic is float32 whatever the storage: the moment that
 divides is the one before rounding, and storing rounds to nearest even.
 
-The chain takes the learning rate and the gradient norm as extra arguments of `update`: the step
-has computed the norm already, and a learning rate that is an argument never retraces. Nothing
+The chain takes the learning rate, the gradient norm and whether the step is good as extra arguments
+of `update`: the step has computed the norm already, and a learning rate that is an argument never
+retraces. Nothing
 here reads an array twice that XLA could not fuse into one pass.
 """
 
@@ -25,19 +26,29 @@ class AdamState(NamedTuple):
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = jnp.float32,
-                  nu_dtype: Any = jnp.float32) -> optax.GradientTransformation:
-  """Adam (arXiv 1412.6980) with float32 arithmetic and moments stored in the given dtypes."""
+                  nu_dtype: Any = jnp.float32) -> optax.GradientTransformationExtraArgs:
+  """Adam (arXiv 1412.6980) with float32 arithmetic and moments stored in the given dtypes.
+
+  `update(..., good=)` keeps the moments where `good` is False. The choice is made before the update
+  reads them: a later one would keep both versions alive and XLA would copy the donated moments
+  (measured: 81 MiB a step at 10M parameters, 9 % of the step).
+  """
 
   def init(params):
     zeros = lambda dtype: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
     return AdamState(jnp.zeros([], jnp.int32), zeros(mu_dtype), zeros(nu_dtype))
 
-  def update(grads, state, params=None):
-    del params
+  def update(grads, state, params=None, *, good=True, **extra):
+    del params, extra
     f32 = jnp.float32
-    count = state.count + 1
-    mu = jax.tree.map(lambda g, m: b1 * m.astype(f32) + (1 - b1) * g, grads, state.mu)
-    nu = jax.tree.map(lambda g, v: b2 * v.astype(f32) + (1 - b2) * (g * g), grads, state.nu)
+
+    def blend(beta, old, new):
+      old = old.astype(f32)
+      return jnp.where(good, beta * old + (1 - beta) * new, old)
+
+    count = state.count + jnp.asarray(good, jnp.int32)
+    mu = jax.tree.map(lambda g, m: blend(b1, m, g), grads, state.mu)
+    nu = jax.tree.map(lambda g, v: blend(b2, v, g * g), grads, state.nu)
     scale_m = 1 / (1 - jnp.power(f32(b1), count))
     scale_v = 1 / (1 - jnp.power(f32(b2), count))
     updates = jax.tree.map(lambda m, v: (m * scale_m) / (jnp.sqrt(v * scale_v) + eps), mu, nu)
@@ -45,7 +56,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = jnp.float32,
     nu = jax.tree.map(lambda v: v.astype(nu_dtype), nu)
     return updates, AdamState(count, mu, nu)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
@@ -83,7 +94,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(optim: config.Optim) -> optax.GradientTransformationExtraArgs:
-  """The chain; `update(grads, state, params, grad_norm=, lr=)` gives additive updates."""
+  """The chain; `update(grads, state, params, grad_norm=, lr=, good=)` gives additive updates."""
   steps = [clip_by_norm(optim.clip_norm)] if optim.clip_norm else []
   steps.append(scale_by_adam(optim.beta1, optim.beta2, optim.eps, jnp.dtype(optim.mu_dtype),
                              jnp.dtype(optim.nu_dtype)))

@@ -10,7 +10,8 @@ The loss is normalised by the target tokens of the whole global batch, and exper
 of the whole global batch: neither depends on how the batch was cut.
 
 A step whose loss or gradient norm is not finite changes nothing but the counters: each new value
-is selected against the old one inside the very pass that computes it, so the check is free.
+is selected against the old one inside the very pass that computes it (the moments' selection is in
+`optim.scale_by_adam`), so the check is free.
 """
 
 from collections.abc import Callable
@@ -133,12 +134,11 @@ def make_train_step(
       loss = aux["loss_sum"] / jnp.maximum(aux["tokens"], 1)
       good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params,
-                                            grad_norm=grad_norm, lr=hyper.lr)
+                                            grad_norm=grad_norm, lr=hyper.lr, good=good)
       params = jax.tree.map(jnp.add, state.params, updates)
       buffers = update_biases(state.buffers, aux["counts_LE"], hyper.bias_speed)
       select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-      params, buffers, opt_state = select((params, buffers, opt_state),
-                                          (state.params, state.buffers, state.opt_state))
+      params, buffers = select((params, buffers), (state.params, state.buffers))
     bad = ~good
     new = TrainState(params, buffers, opt_state, state.step + 1,
                      jnp.where(bad, state.bad_steps + 1, 0), state.skipped + bad)

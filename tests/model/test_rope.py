@@ -72,17 +72,19 @@ def test_yarn_equals_transformers(yarn):
 
 @pytest.mark.parametrize("heads", [(), (3,)])
 def test_rotation(heads):
-  """Oracle: numpy rotation of complex numbers made of adjacent elements."""
+  """Oracle: numpy rotation of complex numbers made of adjacent elements, before and after the
+  reordering that the projections' columns get."""
   cfg = dataclasses.replace(V3, rope_dim=8, yarn=ODD)
   x = np.random.default_rng(0).normal(size=(1, 7, *heads, 8))
   positions = np.array([0, 1, 2, 3, 17, 40, 599])
   cos, sin = rope.rope_table(cfg, jnp.asarray(positions)[None])
-  got = rope.apply_rope(jnp.asarray(x, jnp.float32), cos, sin)
+  expected = rope.to_halves(oracle.rope(x[0], positions, cfg))
+  got = rope.apply_rope(rope.to_halves(jnp.asarray(x, jnp.float32)), cos, sin)
   # A position of 599 times a frequency is known to 4e-5 in fp32.
-  assert_close(got[0], oracle.rope(x[0], positions, cfg), factor=10)
-  half = rope.apply_rope(jnp.asarray(x, jnp.bfloat16), cos, sin)
+  assert_close(got[0], expected, factor=10)
+  half = rope.apply_rope(rope.to_halves(jnp.asarray(x, jnp.bfloat16)), cos, sin)
   assert half.dtype == jnp.bfloat16
-  assert_close(half[0], oracle.rope(x[0], positions, cfg), "bfloat16")
+  assert_close(half[0], expected, "bfloat16")
 
 
 def test_scores_depend_on_distance_alone():
