@@ -17,6 +17,11 @@ def _rows(x_MK: jax.Array, i: jax.Array, block: int) -> jax.Array:
   return lax.dynamic_slice_in_dim(x_MK, i * block, block)
 
 
+def _start(shape, dtype, *like: jax.Array) -> jax.Array:
+  """Zeros of this loop's own: equal constants are merged, and then copied for each loop."""
+  return lax.optimization_barrier(vma.zeros(shape, dtype, *like))
+
+
 def _forward(x_MK, w_GKN, group_m, used, transpose: bool):
   block = x_MK.shape[0] // group_m.shape[0]
   width = w_GKN.shape[1] if transpose else w_GKN.shape[2]
@@ -28,8 +33,8 @@ def _forward(x_MK, w_GKN, group_m, used, transpose: bool):
                         preferred_element_type=jnp.float32)
     return lax.dynamic_update_slice_in_dim(y_MN, y.astype(y_MN.dtype), i * block, 0)
 
-  start = vma.zeros((x_MK.shape[0], width), x_MK.dtype, x_MK, w_GKN, group_m)
-  return lax.fori_loop(0, used, body, start)
+  return lax.fori_loop(0, used, body, _start((x_MK.shape[0], width), x_MK.dtype,
+                                             x_MK, w_GKN, group_m))
 
 
 def _weight_gradient(x_MK, dy_MN, group_m, used, groups: int):
@@ -37,12 +42,14 @@ def _weight_gradient(x_MK, dy_MN, group_m, used, groups: int):
 
   def body(i, dw_GKN):
     g = group_m[i]
-    dw_KN = lax.dot_general(_rows(x_MK, i, block), _rows(dy_MN, i, block), (((0,), (0,)), ((), ())),
+    # A transpose of its own is faster on a CPU than a product over the rows of both operands.
+    x_KM = lax.optimization_barrier(_rows(x_MK, i, block).T)
+    dw_KN = lax.dot_general(x_KM, _rows(dy_MN, i, block), (((1,), (0,)), ((), ())),
                             preferred_element_type=jnp.float32)
     return lax.dynamic_update_index_in_dim(dw_GKN, dw_GKN[g] + dw_KN, g, 0)
 
   shape = (groups, x_MK.shape[1], dy_MN.shape[1])
-  return lax.fori_loop(0, used, body, vma.zeros(shape, jnp.float32, x_MK, dy_MN, group_m))
+  return lax.fori_loop(0, used, body, _start(shape, jnp.float32, x_MK, dy_MN, group_m))
 
 
 @jax.custom_vjp
