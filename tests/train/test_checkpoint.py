@@ -53,14 +53,16 @@ def _saved(folder, steps=(10, 20), **options) -> checkpoint.Checkpoints:
 def test_round_trip(tmp_path):
   """Oracle: the arrays as they were saved, bit for bit, though the originals were donated."""
   store = checkpoint.Checkpoints(str(tmp_path))
-  saved = _state(1, size=4096)
-  expected = jax.device_get(saved)
+  scramble = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+  scramble(_state(2, size=2**17))  # compiled: nothing delays the donation below
+  saved = _state(1, size=2**17)
+  expected = jax.device_get(_state(1, size=2**17))  # a view of `saved` would prevent its donation
   ema = concurrent.futures.Future()
   average = {"head_DV": np.float32([[1.5]]), "moe": {"attn": {"w_o_HUD": np.zeros((1,), "f4")}}}
   ema.set_result((average, 7))
   store.save(saved, _meta(30, extra="text", tokens=10**15), ema)
-  scramble = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
   jax.block_until_ready(scramble(saved))
+  assert saved.params["head_DV"].is_deleted()
   store.wait()
   restored = checkpoint.Checkpoints(str(tmp_path)).restore(_abstract(expected))
   _assert_equal(restored.state, jax.tree.map(jnp.asarray, expected))

@@ -110,6 +110,7 @@ def test_a_signal_saves_and_the_run_goes_on(whole, config, tmp_path):
   _assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.timeout(120)  # four processes' worth of start-up; 20 s on two free cores
 def test_kill_9_three_times(whole, config, cache_dir, tmp_path):
   """Oracle: the uninterrupted run, bit for bit, after SIGKILL at three random steps."""
   folder = tmp_path / "run"
