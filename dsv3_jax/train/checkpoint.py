@@ -134,6 +134,8 @@ def _folder(root: str, step: int) -> str:
 def _save_context() -> ocp.Context:
   context = ocp.Context()
   context.array.saving.use_compression = False  # fp32 weights do not compress
+  # Made in the background, folders that cannot be made leave threads that wait for them for ever.
+  context.asynchronous.create_directories_asynchronously = False
   return context
 
 
@@ -202,6 +204,7 @@ class Checkpoints:
     # host before it returns.
     on_cpu = next(iter(jax.tree.leaves(parts)[0].devices())).platform == "cpu"
     try:
+      os.makedirs(temporary)  # a disk that takes nothing says so here
       begun = snapshot(parts) if on_cpu else start(parts)
     except Exception as e:
       raise self._error(step, e) from e

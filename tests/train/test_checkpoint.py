@@ -201,6 +201,16 @@ def test_a_disk_that_fills_up_during_the_save(tmp_path):
   _assert_equal(store.restore(_abstract(_state())).state, _state(10))
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+  """Oracle: a file where the folder was; an error at once, not threads that wait for ever."""
+  store = _saved(tmp_path, [10])
+  shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
+  (tmp_path / "checkpoints").write_text("")
+  with pytest.raises(checkpoint.CheckpointError, match="step 20.*Not a directory"):
+    store.save(_state(20), _meta(20))
+  store.close()
+
+
 def test_load_params_errors(tmp_path):
   """Oracle: each message names what is wrong and what there is."""
   with pytest.raises(checkpoint.CheckpointError, match="none"):
