@@ -1,12 +1,10 @@
-"""Validation loss, bits per byte, expert load, and what a model must beat to have learnt anything.
+"""Validation loss, bits per byte and expert load.
 
 Bits per byte: the summed cross-entropy of all targets over the UTF-8 bytes they stand for. Special
 tokens have no bytes, but their loss counts, so the number is never flattered; it does not depend on
 the tokenizer and compares with compressors.
 """
 
-import gzip
-import lzma
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,24 +75,3 @@ def evaluate(sums: Callable, params: Any, buffers: Any, batches: Sequence[dict[s
       "max_vio": float(np.max(routing.max_vio(counts_LE))) if counts_LE.size else 0.0,
       "counts_LE": counts_LE,
   }
-
-
-def baselines(text: bytes, tokens: np.ndarray, token_bytes_V: np.ndarray) -> dict[str, float]:
-  """Bits per byte of simple predictors on the same text.
-
-  Args:
-    text: the validation text, for the compressors.
-    tokens: its token ids; "unigram" is the entropy of their own frequencies, as if they had been
-      known beforehand: the best that any model without context could do.
-    token_bytes_V: bytes of each token.
-  """
-  found = {}
-  counts = np.bincount(tokens.reshape(-1), minlength=len(token_bytes_V)).astype(np.float64)
-  size = float((counts * token_bytes_V).sum())
-  if size:
-    used = counts[counts > 0]
-    found["unigram"] = float(-(used * np.log2(used / used.sum())).sum() / size)
-  if text:
-    found["gzip -9"] = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
-    found["xz"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
-  return found

@@ -47,6 +47,8 @@ from dsv3_jax.train.checkpoint import CheckpointError, Checkpoints
 from dsv3_jax.train.ema import HostEma
 from dsv3_jax.train.workdir import Workdir
 
+_UNIGRAM_TOKENS = 300_000  # training tokens that the unigram baseline counts
+
 
 class DivergedError(RuntimeError):
   """Too many steps in a row had a loss or gradient that is not finite."""
@@ -153,10 +155,17 @@ class _Trainer:
     self.was_finished = self.step >= self.schedule.total_steps
     self.flops_per_token = counts_lib.flops_per_token(cfg.model, cfg.data.sequence_length)
     self.peak = metrics_lib.peak_flops()
-    self.validation: list[Any] | None = None
-    self.validation_host: list[Any] = []
-    self.validation_bytes = 0
     self._batch_sharding = None if self.mesh is None else sharding.batch_sharding(self.mesh)
+    self.validation_host = (corpus.validation_batches(self.rows, train.eval_batches)
+                            if train.eval_every else [])
+    self.validation_bytes = sum(
+        evaluate_lib.target_bytes(b, corpus.tokenizer.token_bytes_V) for b in self.validation_host)
+    self.evaluates = self.validation_bytes > 0
+    if train.eval_every and not self.evaluates:
+      ui.note("no text is held out (data.validation_fraction): the run is not evaluated")
+    where = None if self.mesh is None else jax.sharding.NamedSharding(
+        self.mesh, sharding.spec("tokens_BS"))
+    self.validation = [self.put(b, where) for b in self.validation_host]
     self._rates: list[float] = []
     self._first = True
 
@@ -223,14 +232,6 @@ class _Trainer:
 
   def validate(self, params: Any) -> dict[str, Any]:
     """Validation numbers of some parameters."""
-    if self.validation is None:
-      self.validation_host = self.corpus.validation_batches(self.rows, self.cfg.train.eval_batches)
-      self.validation_bytes = sum(
-          evaluate_lib.target_bytes(b, self.corpus.tokenizer.token_bytes_V)
-          for b in self.validation_host)
-      where = None if self.mesh is None else jax.sharding.NamedSharding(
-          self.mesh, sharding.spec("tokens_BS"))
-      self.validation = [self.put(b, where) for b in self.validation_host]
     return evaluate_lib.evaluate(self.sums, params, self.state.buffers, self.validation,
                                  self.validation_bytes)
 
@@ -300,7 +301,7 @@ class _Trainer:
         if profiling and step + 1 >= train.profile_from + train.profile_steps:
           drain()
           stop_profile()
-        evaluating = train.eval_every and (step % train.eval_every == 0 or step == total)
+        evaluating = self.evaluates and (step % train.eval_every == 0 or step == total)
         saving = step % train.checkpoint_every == 0 or step == total
         if evaluating or saving:
           drain()
@@ -322,7 +323,7 @@ class _Trainer:
                              "tokens": self.schedule.tokens_before(self.step),
                              "skipped_steps": int(jax.device_get(self.state.skipped))}
     baselines, samples = {}, []
-    if cfg.train.eval_every:
+    if self.evaluates:
       found = self.last_eval or {}
       if found.get("step") != self.step:
         found = self.validate(self.state.params)
@@ -333,10 +334,9 @@ class _Trainer:
           where = None if self.mesh is None else sharding.replicated(self.mesh)
           averaged = self.validate(self.put(average, where))
           final |= {"ema_loss": averaged["loss"], "ema_bits_per_byte": averaged["bits_per_byte"]}
-      tokens, sizes = self._validation_tokens()
       # As much text as the validation batches hold, so that all numbers are of the same text.
       text = self.corpus.validation_text(self.validation_bytes)
-      baselines = evaluate_lib.baselines(text, tokens, sizes)
+      baselines = self._baselines(text)
       if cfg.train.sample_tokens:
         samples = self._samples(text)
     summary = metrics_lib.plain({
@@ -349,11 +349,22 @@ class _Trainer:
     files.write_atomic(self.workdir.file("summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
 
-  def _validation_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-    """The targets of the validation batches, and bytes by token."""
-    kept = [b["tokens"][:, 1:][b["mask"][:, 1:] > 0] if "mask" in b else b["tokens"][:, 1:].ravel()
-            for b in self.validation_host]
-    return np.concatenate(kept), self.corpus.tokenizer.token_bytes_V
+  def _baselines(self, text: bytes) -> dict[str, float]:
+    """Bits per byte without a language model: see `data.baselines`."""
+    from dsv3_jax.data import baselines
+
+    targets = np.concatenate([
+        b["tokens"][:, 1:][b["mask"][:, 1:] > 0] if "mask" in b else b["tokens"][:, 1:].ravel()
+        for b in self.validation_host])
+    batches = self.corpus.train_iterator(self.schedule)  # from the start of the training data
+    sample, size = [], 0
+    while size < min(_UNIGRAM_TOKENS, self.schedule.tokens_before(self.schedule.total_steps)):
+      sample.append(next(batches)["tokens"].reshape(-1))
+      size += sample[-1].size
+    batches.close()
+    unigram = baselines.unigram(np.concatenate(sample), targets, self.cfg.model.vocab_size,
+                                self.validation_bytes)
+    return {"unigram": unigram, **baselines.compression(text)}
 
   def _samples(self, text: bytes) -> list[dict[str, Any]]:
     one = jax.local_devices()[0]
