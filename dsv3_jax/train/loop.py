@@ -15,6 +15,7 @@ step, and everything else is a function of the step number.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -471,6 +472,11 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
       else:
         summary = trainer.summarize()
       return RunResult(folder.path, trainer.step, tokens, True, 0, summary)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise CheckpointError(f"the disk of {workdir} is full; free some space and run the same "
+                          "command to go on from the newest checkpoint") from e
   finally:
     if trainer is not None:
       trainer.close()

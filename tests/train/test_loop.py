@@ -1,5 +1,6 @@
 """Whole runs: interruptions leave no trace, bad input and bad numbers end clearly."""
 
+import errno
 import json
 import os
 import random
@@ -148,6 +149,17 @@ def test_diverged(config, tmp_path, monkeypatch):
   steps = [r for r in _records(tmp_path) if r["kind"] == "train"]
   assert [r["bad_steps"] for r in steps] == [0] * 6 + [1, 2]
   assert steps[-1]["grad_norm"] is None
+
+
+def test_a_full_disk_for_the_metrics(config, tmp_path, monkeypatch):
+  """Oracle: the kernel's error from a write becomes one sentence that says what to do."""
+
+  def full(self, record):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(metrics.JsonLines, "write", full)
+  with pytest.raises(checkpoint.CheckpointError, match="is full; free some space"):
+    _run(config, tmp_path)
 
 
 def test_another_config_is_refused(whole, config):
