@@ -52,17 +52,20 @@ def mtp_weight(loss: config.Loss, train_tokens: float) -> Callable[[float], floa
   return lambda tokens_seen: loss.mtp_weight if tokens_seen < late_from else loss.mtp_weight_late
 
 
-def _stages(data: config.Data, train_tokens: float) -> list[tuple[float, int]]:
-  """(tokens from which it holds, sequences a step) of each stage of the batch ramp."""
+def _stages(data: config.Data, train_tokens: float) -> list[tuple[int, int]]:
+  """(tokens from which it holds, sequences a step) of each stage of the batch ramp.
+
+  Tokens are whole, so the starts are rounded up and all that follows is exact.
+  """
   start = data.batch_start or data.batch_size
   micro = data.microbatch or data.batch_size
   until = data.batch_ramp_until * train_tokens
-  stages = [(0.0, start)]
+  stages = [(0, start)]
   for i in range(1, data.batch_ramp_stages + 1):
     size = start + (data.batch_size - start) * i / data.batch_ramp_stages
     size = int(size / micro + 1e-9) * micro
     if size > stages[-1][1]:
-      stages.append((until * i / data.batch_ramp_stages, size))
+      stages.append((math.ceil(until * i / data.batch_ramp_stages), size))
   return stages
 
 
@@ -115,10 +118,11 @@ def batch_schedule(data: config.Data, train_tokens: float) -> BatchSchedule:
   step, sequences = 0, 0
   first_steps, first_sequences, sizes = [], [], []
   stages = [s for s in _stages(data, train_tokens) if s[0] < train_tokens]
-  for (_, size), end in zip(stages, [s[0] for s in stages[1:]] + [train_tokens], strict=True):
+  ends = [first for first, _ in stages[1:]] + [math.ceil(train_tokens)]
+  for (_, size), end in zip(stages, ends, strict=True):
     first_steps.append(step)
     first_sequences.append(sequences)
     sizes.append(size)
-    steps = max(math.ceil((end - sequences * length) / (size * length)), 0)
+    steps = max(-((sequences * length - end) // (size * length)), 0)
     step, sequences = step + steps, sequences + steps * size
   return BatchSchedule(tuple(first_steps), tuple(first_sequences), tuple(sizes), length, step)

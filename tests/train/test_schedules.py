@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax import config
@@ -52,6 +52,7 @@ def test_batch_ramp_of_the_report():
   assert schedule.tokens_before(last + 1) - schedule.tokens_before(last) == 62_914_560
 
 
+@example(5, 5, 4, 5e-324, 300)  # a ramp shorter than one token
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 6), st.floats(0, 1),
        st.integers(300, 20_000))
