@@ -71,14 +71,15 @@ def batches(count: int = 8):
 
 def ours(shape: str, **runtime) -> tuple[Callable[[], float], Callable[[], str]]:
   """(one step that returns its loss, the compiled step's HLO text)."""
+  from dsv3_jax import config, host
+  host.keep_memory()  # as the trainer does; the peer, in this process too, gains from it likewise
   import jax
   import numpy as np
 
-  from dsv3_jax import config
   from dsv3_jax.train import optim, state, step
 
   cfg = config.Config(
-      model=model_config(shape), runtime=config.Runtime(**runtime),
+      model=model_config(shape), runtime=config.Runtime(**{"layer_unroll": 0, **runtime}),
       optim=config.Optim(lr=LR, weight_decay=WEIGHT_DECAY, clip_norm=CLIP),
       data=config.Data(batch_size=BATCH, sequence_length=LENGTH))
   optimizer = optim.make_optimizer(cfg.optim)

@@ -11,13 +11,14 @@ Expected: the report page in runs/tiny; validation below gzip -9 and xz in bits 
           every layer under 0.3 at the end. LOG.md has the measured run.
 """
 
-from dsv3_jax.config import Config, ConfigError, Data, Loss, Model, Optim, Train, replace
+from dsv3_jax.config import Config, ConfigError, Data, Loss, Model, Optim, Runtime, Train, replace
 
 
 def get_config(arg: str | None = None) -> Config:
   """The tiny run; `arg` may be "smoke"."""
   config = Config(
       model=Model(init_std=0.02),  # 0.006 is for width 7168; a narrow model wants more
+      runtime=Runtime(layer_unroll=0),  # four layers compile quickly; a loop would copy residuals
       optim=Optim(
           lr=2e-3, warmup_steps=40,
           lr_constant_until=0.5, lr_cosine_until=0.95, lr_final=2e-4,

@@ -34,7 +34,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3_jax import config as config_lib
-from dsv3_jax import files
+from dsv3_jax import files, host
 from dsv3_jax.model import counts as counts_lib
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.parallel import sharding
@@ -441,6 +441,7 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
     CheckpointError: a checkpoint could not be written, or none that is there is whole.
     DivergedError: train.max_bad_steps steps in a row were not finite.
   """
+  host.keep_memory()
   use_compilation_cache()
   ui = metrics_lib.terminal() if ui is None else ui
   trainer = None
