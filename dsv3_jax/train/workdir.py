@@ -1,5 +1,6 @@
 """The folder of a run: who may use it, and atomic writes into it."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,6 +15,8 @@ FREE = ("runtime", "data.workers", "data.prefetch", "train.log_every", "train.ev
         "train.eval_batches", "train.checkpoint_every", "train.keep_last", "train.keep_best",
         "train.max_bad_steps", "train.profile_from", "train.profile_steps",
         "train.sample_tokens")
+# Keys that decide which tokenizer a run trains.
+_TOKENIZER = ("data.", "model.vocab_size")
 
 
 class WorkdirError(ValueError):
@@ -42,7 +45,7 @@ class Workdir:
 
   Raises:
     WorkdirError: the folder cannot be made or written, another process is training in it, or
-      another config made it (the differing keys are named).
+      another config trained in it (the differing keys are named).
   """
 
   def __init__(self, path: str, cfg: config.Config):
@@ -58,8 +61,9 @@ class Workdir:
       os.makedirs(self.path, exist_ok=True)
       self._lock = open(self.file(".lock"), "w")
     except OSError as e:
-      raise WorkdirError(f"cannot write to workdir {self.path}: {e.strerror}; give a --workdir "
-                         "that can be made and written") from e
+      why = "it is a file" if os.path.isfile(self.path) else e.strerror
+      raise WorkdirError(f"cannot write to workdir {self.path}: {why}; give a --workdir that can "
+                         "be made and written") from e
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -82,6 +86,12 @@ class Workdir:
   def __exit__(self, *unused) -> None:
     self._lock.close()
 
+  def _started(self) -> bool:
+    """Whether the folder holds a step of training."""
+    metrics, checkpoints = self.file("metrics.jsonl"), self.file("checkpoints")
+    return (os.path.exists(metrics) and os.path.getsize(metrics) > 0
+            or os.path.isdir(checkpoints) and any(n.isdigit() for n in os.listdir(checkpoints)))
+
   def _check(self) -> None:
     path = self.file("config.json")
     if not os.path.exists(path):
@@ -93,7 +103,12 @@ class Workdir:
       raise WorkdirError(f"{path} is not a config of this version ({e}); give another --workdir, "
                          "or remove this one") from e
     differing = differences(old, self._config)
-    if differing:
+    if differing and not self._started():
+      # Nothing was trained: a mistake in the config ended that start, and it is being corrected.
+      if any(key.startswith(_TOKENIZER) for key in differing):
+        with contextlib.suppress(FileNotFoundError):
+          os.unlink(self.file("tokenizer.json"))
+    elif differing:
       lines = [f"  {k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items()]
       raise WorkdirError(f"workdir {self.path} was made by another config:\n" + "\n".join(lines) +
                          "\nGive another --workdir, or set these back to go on with this one.")

@@ -10,7 +10,7 @@ def test_another_config(tmp_path):
   """Oracle: the message names each differing key with both values, and nothing else."""
   old = config.Config()
   with workdir.Workdir(str(tmp_path), old):
-    pass
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
   new = config.replace(old, **{"model.moe.experts": 8, "train.tokens": 5e6,
                                "train.log_every": 7, "runtime.remat": "layer"})
   with pytest.raises(workdir.WorkdirError) as error, workdir.Workdir(str(tmp_path), new):
@@ -19,6 +19,24 @@ def test_another_config(tmp_path):
   assert lines == ["model.moe.experts", "train.tokens"]
   assert "16 there, 8 now" in str(error.value)
   assert config.from_json((tmp_path / "config.json").read_text()) == old
+
+
+@pytest.mark.parametrize("changes, kept", [
+    ({"data.sources": ("mistyped.txt",)}, False), ({"model.vocab_size": 9000}, False),
+    ({"optim.lr": 1.0}, True)])
+def test_a_start_that_failed_binds_nobody(tmp_path, changes, kept):
+  """Law: until something was trained a corrected config may follow, without the old tokenizer."""
+  with workdir.Workdir(str(tmp_path), config.replace(config.Config(), **changes)):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").mkdir()
+  with workdir.Workdir(str(tmp_path), config.Config()):
+    assert (tmp_path / "tokenizer.json").exists() == kept
+    (tmp_path / "checkpoints" / "00000001").mkdir()
+  assert config.from_json((tmp_path / "config.json").read_text()) == config.Config()
+  with pytest.raises(workdir.WorkdirError, match=next(iter(changes))), \
+      workdir.Workdir(str(tmp_path), config.replace(config.Config(), **changes)):
+    pass
 
 
 def test_free_keys_may_change(tmp_path):
