@@ -4,7 +4,12 @@ Rows are sorted by group and each group is padded to whole blocks, so that every
 one weight matrix. A loop visits the blocks in use: the trip count is dynamic, hence the spare
 capacity that worst-case routing needs costs memory but no time. `lax.ragged_dot` lowers to a dense
 product over all groups on a CPU, G times the work.
+
+Where groups are long, neighbouring blocks of one group are taken together, eight, four or two at a
+time: small blocks keep the padding small, large products use the cores better.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +17,11 @@ from jax import lax
 
 from pallas_kernels import vma
 
+_LONG = 512  # mean rows of a group from which its blocks are merged, and rows of a merged product
 
-def _rows(x_MK: jax.Array, i: jax.Array, block: int) -> jax.Array:
-  return lax.dynamic_slice_in_dim(x_MK, i * block, block)
+
+def _rows(x_MK: jax.Array, i: jax.Array, block: int, count: int) -> jax.Array:
+  return lax.dynamic_slice_in_dim(x_MK, i * block, block * count)
 
 
 def _start(shape, dtype, *like: jax.Array) -> jax.Array:
@@ -22,34 +29,77 @@ def _start(shape, dtype, *like: jax.Array) -> jax.Array:
   return lax.optimization_barrier(vma.zeros(shape, dtype, *like))
 
 
+def _merges(rows: int, groups: int, blocks: int) -> tuple[int, ...]:
+  """Numbers of blocks taken together, largest first; (1,) where groups are short."""
+  if rows < _LONG * groups:
+    return (1,)
+  most = max(_LONG * blocks // rows, 1)
+  return tuple(2**i for i in range(most.bit_length() - 1, -1, -1))
+
+
+def _visits(group_m: jax.Array, used: jax.Array, merges: tuple[int, ...]):
+  """For each number of blocks taken together: the first blocks, padded, and how many there are.
+
+  A run of n blocks of one group is cut into n // merges[0] pieces of that size and the binary
+  digits of the rest.
+  """
+  blocks = group_m.shape[0]
+  i = jnp.arange(blocks)
+  if merges == (1,):
+    return [(1, i, used)]
+  run = jnp.cumsum(jnp.diff(group_m, prepend=group_m[:1]) != 0)
+  same = (run[:, None] == run[None, :]) & (i[None, :] < used)
+  length, place = same.sum(1), (same & (i[None, :] < i[:, None])).sum(1)
+  visits = []
+  for count in merges:
+    if count == merges[0]:
+      first = place % count == 0
+    else:
+      first = (place == length // (2 * count) * (2 * count))
+    first &= (i < used) & (place + count <= length)
+    where = jnp.nonzero(first, size=max(blocks // count, 1), fill_value=0)[0]
+    visits.append((count, where, first.sum()))
+  return visits
+
+
+def _loop(x_MK: jax.Array, groups: int, group_m: jax.Array, used: jax.Array, body: Callable, start):
+  """Folds `body(first block, number of blocks, carry)` over the blocks in use."""
+  for count, where, trips in _visits(
+      group_m, used, _merges(x_MK.shape[0], groups, group_m.shape[0])):
+    start = lax.fori_loop(
+        0, trips, lambda j, carry, n=count, at=where: body(at[j], n, carry), start)
+  return start
+
+
 def _forward(x_MK, w_GKN, group_m, used, transpose: bool):
   block = x_MK.shape[0] // group_m.shape[0]
   width = w_GKN.shape[1] if transpose else w_GKN.shape[2]
   contract = ((1,), (1,)) if transpose else ((1,), (0,))
 
-  def body(i, y_MN):
+  def body(i, count, y_MN):
     w_KN = lax.dynamic_index_in_dim(w_GKN, group_m[i], keepdims=False)
-    y = lax.dot_general(_rows(x_MK, i, block), w_KN, (contract, ((), ())),
+    y = lax.dot_general(_rows(x_MK, i, block, count), w_KN, (contract, ((), ())),
                         preferred_element_type=jnp.float32)
     return lax.dynamic_update_slice_in_dim(y_MN, y.astype(y_MN.dtype), i * block, 0)
 
-  return lax.fori_loop(0, used, body, _start((x_MK.shape[0], width), x_MK.dtype,
-                                             x_MK, w_GKN, group_m))
+  start = _start((x_MK.shape[0], width), x_MK.dtype, x_MK, w_GKN, group_m)
+  return _loop(x_MK, w_GKN.shape[0], group_m, used, body, start)
 
 
 def _weight_gradient(x_MK, dy_MN, group_m, used, groups: int):
   block = x_MK.shape[0] // group_m.shape[0]
 
-  def body(i, dw_GKN):
+  def body(i, count, dw_GKN):
     g = group_m[i]
     # A transpose of its own is faster on a CPU than a product over the rows of both operands.
-    x_KM = lax.optimization_barrier(_rows(x_MK, i, block).T)
-    dw_KN = lax.dot_general(x_KM, _rows(dy_MN, i, block), (((1,), (0,)), ((), ())),
+    x_KM = lax.optimization_barrier(_rows(x_MK, i, block, count).T)
+    dw_KN = lax.dot_general(x_KM, _rows(dy_MN, i, block, count), (((1,), (0,)), ((), ())),
                             preferred_element_type=jnp.float32)
     return lax.dynamic_update_index_in_dim(dw_GKN, dw_GKN[g] + dw_KN, g, 0)
 
   shape = (groups, x_MK.shape[1], dy_MN.shape[1])
-  return lax.fori_loop(0, used, body, _start(shape, jnp.float32, x_MK, dy_MN, group_m))
+  start = _start(shape, jnp.float32, x_MK, dy_MN, group_m)
+  return _loop(x_MK, groups, group_m, used, body, start)
 
 
 @jax.custom_vjp

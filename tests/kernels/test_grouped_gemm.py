@@ -67,6 +67,26 @@ def test_blocks_of_a_group_may_stand_apart():
     assert_close(a, b)
 
 
+@pytest.mark.parametrize("runs", [
+    [(0, 11), (1, 13), (0, 3), (1, 5)], [(1, 32)], [(0, 1), (1, 2), (0, 4), (1, 7)], []])
+def test_blocks_of_long_groups_are_taken_together(runs):
+  """Oracle: a numpy loop over rows; 32 blocks of 32 rows for two groups merge up to 16 blocks."""
+  assert xla._merges(1024, 2, 32) == (16, 8, 4, 2, 1)
+  rng = np.random.default_rng(2)
+  shapes = (1024, 3), (2, 3, 2), (1024, 2)
+  x, w, dy = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+  group = [g for g, blocks in runs for _ in range(blocks)]
+  used = len(group)
+  group += [1] * (32 - used)
+  x, dy = (a.at[used * 32:].set(jnp.nan) for a in (x, dy))
+  got = compiled("xla")(x, w, jnp.array(group, jnp.int32), jnp.int32(used), dy)
+  x64, w64, dy64 = (np.asarray(jnp.nan_to_num(a), np.float64) for a in (x, w, dy))
+  assert_close(got[0], oracle.grouped_gemm(x64, w64, group, used))
+  expected = oracle.grouped_gemm_gradients(x64, w64, group, used, dy64)
+  for a, b in zip(got[1:], expected, strict=True):
+    assert_close(a, b)
+
+
 def test_unused_blocks_are_not_read():
   """Law: NaN in rows past the used blocks reaches neither the output nor a gradient."""
   x, w, dy = inputs("float32")

@@ -104,9 +104,9 @@ def test_collect_sums_in_fp32():
 
 
 def test_block_rows():
-  """Oracle: about a quarter of the mean share, a power of two, from 8 to 128."""
+  """Oracle: about a quarter of the mean share, a power of two, from 8 to 64."""
   assert [moe.block_rows(pairs, 16) for pairs in (1, 64, 1024, 2048, 3000, 10**6)] == [
-      8, 8, 16, 32, 32, 128]
+      8, 8, 16, 32, 32, 64]
 
 
 # --- the layer ----------------------------------------------------------------------------------
