@@ -281,8 +281,13 @@ class _Trainer:
       if profiling:
         jax.profiler.stop_trace()
         profiling = False
+        self.ui.note(f"profile up to step {self.step:,} is in {self.workdir.file('profile')}; open "
+                     "the trace.json.gz in it with Perfetto, or the folder with xprof")
 
     if self.step < total:
+      if train.profile_from and not self.step < train.profile_from <= total:
+        self.ui.note(f"train.profile_from={train.profile_from} is not among the steps to come, "
+                     f"{self.step + 1:,} to {total:,}: nothing is profiled")
       self.ui.progress("compiling the training step (seconds, where the cache has it)",
                        self.step / total)
     with contextlib.ExitStack() as stack:

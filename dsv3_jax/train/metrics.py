@@ -1,16 +1,19 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
 
+import importlib.util
 import json
 import math
 import os
 import sys
 import time
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
 
 from dsv3_jax import files
+from dsv3_jax.config import ConfigError
 
 # Dense bf16 peak FLOP/s of a device, from the makers' data sheets.
 _PEAKS = {
@@ -130,20 +133,45 @@ class TensorBoard:
 
 
 class WandB:
-  """Weights & Biases, where it is installed and its own environment names a project."""
+  """Weights & Biases, wanted where its own environment names a project (WANDB_PROJECT).
+
+  Args:
+    folder: the run's workdir; a resumed run goes on with the W&B run that is noted there.
+    config: plain dictionary.
+
+  Raises:
+    ConfigError: W&B does not start, for want of a login for example.
+  """
 
   @staticmethod
   def wanted() -> bool:
-    import importlib.util
-
-    return ("WANDB_PROJECT" in os.environ and os.environ.get("WANDB_MODE") != "disabled"
-            and importlib.util.find_spec("wandb") is not None)
+    """Whether to log there; warns where it was asked for and is not installed."""
+    project = os.environ.get("WANDB_PROJECT")
+    if not project or os.environ.get("WANDB_MODE") == "disabled":
+      return False
+    if "wandb" in sys.modules or importlib.util.find_spec("wandb") is not None:
+      return True
+    warnings.warn(f"WANDB_PROJECT={project} asks for Weights & Biases, but the package wandb is "
+                  "not installed: nothing is sent there; pip install wandb, or unset "
+                  "WANDB_PROJECT", stacklevel=2)
+    return False
 
   def __init__(self, folder: str, config: dict[str, Any]):
-    import wandb
+    path = os.path.join(folder, "wandb_run_id")
+    known = None
+    if os.path.exists(path):
+      with open(path) as f:
+        known = f.read().strip()
+    try:
+      import wandb
 
-    self._run = wandb.init(dir=folder, config=config, resume="allow",
-                           id=os.environ.get("WANDB_RUN_ID"))
+      self._run = wandb.init(dir=folder, config=config, resume="allow",
+                             id=os.environ.get("WANDB_RUN_ID") or known)
+      self._run.define_metric("*", step_metric="step")  # a resumed run repeats steps
+    except Exception as error:  # no login, no network, settings: the library raises many kinds
+      raise ConfigError(f"Weights & Biases does not start: {error}; run `wandb login`, set "
+                        "WANDB_MODE=offline, or unset WANDB_PROJECT") from error
+    files.write_atomic(path, f"{self._run.id}\n")
 
   def write(self, record: dict[str, Any]) -> None:
     self._run.log(scalars(record) | {"step": record["step"]})

@@ -1,6 +1,7 @@
 """Whole runs: interruptions leave no trace, bad input and bad numbers end clearly."""
 
 import errno
+import gzip
 import json
 import os
 import random
@@ -160,6 +161,41 @@ def test_a_full_disk_for_the_metrics(config, tmp_path, monkeypatch):
   monkeypatch.setattr(metrics.JsonLines, "write", full)
   with pytest.raises(checkpoint.CheckpointError, match="is full; free some space"):
     _run(config, tmp_path)
+
+
+class Notes(metrics.Silent):
+  """Keeps what is said."""
+
+  def __init__(self):
+    self.notes = []
+
+  def note(self, text: str) -> None:
+    self.notes.append(text)
+
+
+def test_profile(config, tmp_path):
+  """Oracle: the trace file itself: the annotated steps of the capture and no other; then the note
+  where the steps lie behind."""
+  config = config_lib.replace(config, **{
+      "train.profile_from": 2, "train.profile_steps": 2, "train.tokens": 64 * 5,
+      "train.eval_every": 0})
+  ui = Notes()
+  _run(config, tmp_path, ui)
+  assert any(f"profile up to step 3 is in {tmp_path / 'profile'}" in n for n in ui.notes)
+  (trace,) = tmp_path.glob("profile/**/*.trace.json.gz")
+  events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+  steps = {e["args"]["step_num"] for e in events if "step_num" in e.get("args", {})}
+  assert steps == {"2", "3"}
+
+
+def test_profile_of_steps_that_never_come_is_said(config, tmp_path):
+  """Oracle: the note, for steps beyond the end and behind a resumed run; nothing is captured."""
+  for first, ui in ((6, Interrupt(2)), (1, Notes())):
+    changes = {"train.tokens": 64 * 5, "train.eval_every": 0, "train.profile_from": first}
+    _run(config_lib.replace(config, **changes), tmp_path, ui)
+    assert any(f"train.profile_from={first} is not among the steps to come, " in n and
+               "to 5" in n for n in ui.notes)
+  assert not (tmp_path / "profile").exists()
 
 
 def test_another_config_is_refused(whole, config):

@@ -2,10 +2,15 @@
 
 import json
 import math
+import os
+import sys
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.train import metrics
 
 
@@ -80,3 +85,73 @@ def test_lines_are_few(capsys):
 def test_expert_load():
   """Oracle: by hand."""
   np.testing.assert_allclose(metrics.load_of([[1, 3], [0, 0]]), [[0.5, 1.5], [0, 0]])
+
+
+class FakeWandB:
+  """What of the wandb package is used here."""
+
+  def __init__(self, error: str = ""):
+    self.error, self.calls, self.rows, self.metrics = error, [], [], []
+    self.id, self.finished = "run-1", False
+
+  def init(self, **kwargs):
+    if self.error:
+      raise RuntimeError(self.error)
+    self.calls.append(kwargs)
+    return self
+
+  def define_metric(self, name, step_metric):
+    self.metrics.append((name, step_metric))
+
+  def log(self, row):
+    self.rows.append(row)
+
+  def finish(self):
+    self.finished = True
+
+
+@pytest.fixture
+def wandb_environment(monkeypatch):
+  for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    monkeypatch.delenv(name)
+  monkeypatch.setenv("WANDB_PROJECT", "p")
+  return monkeypatch
+
+
+def test_wandb_gets_the_same_numbers_and_a_resumed_run_the_same_run(tmp_path, wandb_environment):
+  """Oracle: the calls that a stand-in for wandb sees, written out."""
+  fake = FakeWandB()
+  wandb_environment.setitem(sys.modules, "wandb", fake)
+  record = {"kind": "train", "step": 3, "loss": np.float32(2.5), "mtp_loss": [3.5],
+            "time": {"mfu": 0.5}}
+  for step in (0, 2):
+    everything = metrics.Metrics(str(tmp_path), step, {"a": 1})
+    everything.write(record)
+    everything.close()
+  wanted = {"train/loss": 2.5, "train/mtp_loss_1": 3.5, "train/mfu": 0.5, "step": 3}
+  assert fake.rows == [wanted, wanted] and fake.finished
+  assert fake.metrics[0] == ("*", "step")  # the step is an axis: W&B's own must never go back
+  assert [(c["id"], c["resume"], c["dir"], c["config"]) for c in fake.calls] == [
+      (None, "allow", str(tmp_path), {"a": 1}), ("run-1", "allow", str(tmp_path), {"a": 1})]
+
+
+def test_wandb_that_does_not_start_says_what_to_do(tmp_path, wandb_environment):
+  """Oracle: the library's own words and the three ways out."""
+  wandb_environment.setitem(sys.modules, "wandb", FakeWandB("no API key"))
+  with pytest.raises(ConfigError, match="no API key.*wandb login.*WANDB_MODE=offline.*unset"):
+    metrics.Metrics(str(tmp_path), 0, {})
+
+
+def test_wandb_asked_for_and_missing_is_said(wandb_environment):
+  """Oracle: the package's name and the remedy, where a project is named; silence elsewhere."""
+  wandb_environment.delitem(sys.modules, "wandb", raising=False)
+  wandb_environment.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+  with pytest.warns(UserWarning, match="WANDB_PROJECT=p .*wandb is not installed.*pip install"):
+    assert not metrics.WandB.wanted()
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    wandb_environment.setenv("WANDB_MODE", "disabled")
+    assert not metrics.WandB.wanted()
+    wandb_environment.delenv("WANDB_MODE")
+    wandb_environment.delenv("WANDB_PROJECT")
+    assert not metrics.WandB.wanted()
