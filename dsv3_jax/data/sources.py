@@ -7,7 +7,7 @@
 | `hf:NAME[:CONFIG][@SPLIT]` | one a record of a Hugging Face dataset, streamed |
 | `shards:DIR` | a corpus that `dsv3 tokenize` wrote (see shards.py) |
 
-Files ending in `.gz` (and `.zst` where a decompressor is installed) are read through. `resolve`
+Files ending in `.gz` (and `.zst`, with the package zstandard) are read through. `resolve`
 checks what can be checked before any work: existence, emptiness, size, missing packages.
 
 A file that was named must be readable text; in a folder or glob, files that are binary, badly
@@ -15,10 +15,10 @@ encoded or empty are left out and counted. A document is read only up to the siz
 one longer than memory ends in an error and not in a crash.
 """
 
+import codecs
 import collections
 import dataclasses
 import glob
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -26,9 +26,10 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.data import compressed
 
 RECORDS = (".jsonl", ".ndjson", ".parquet")
 _SNIFF = 8192  # bytes looked at to tell binary from text
@@ -167,12 +168,14 @@ def _walk(root: str, only: str = "") -> Iterator[str]:
 
 def _uncompressed(path: str) -> str:
   root, suffix = os.path.splitext(path)
-  return root if suffix in (".gz", ".zst") else path
+  return root if suffix in compressed.SUFFIXES else path
 
 
 def _need(package: str, what: str) -> None:
-  # A module that is already loaded may have no spec, and find_spec would raise for it.
-  if package not in sys.modules and importlib.util.find_spec(package) is None:
+  if package in sys.modules:  # it may have no spec, for which find_spec would raise
+    return
+  spec = importlib.util.find_spec(package)
+  if spec is None or spec.origin is None:  # a folder of that name that happens to lie here
     raise ConfigError(f"data.sources: {what!r} needs the package {package}, which is not "
                       f"installed; pip install {package}")
 
@@ -215,24 +218,17 @@ def _check_length(document: Document, limit: int) -> None:
       raise _too_long(document.name, f"{size:,} bytes", limit)
 
 
-def _open(path: str) -> BinaryIO:
-  if path.endswith(".gz"):
-    return gzip.open(path, "rb")
-  if path.endswith(".zst"):
-    import zstandard
-
-    return zstandard.open(path, "rb")
-  return open(path, "rb")
-
-
 def _text_document(file: File, limit: int, skipped: collections.Counter) -> Iterator[Document]:
   try:
-    with _open(file.path) as f:
+    with compressed.open_binary(file.path) as f:
       data = f.read(limit + 1)
-  except (OSError, EOFError) as error:
+  except compressed.ERRORS as error:
     raise ConfigError(f"data.sources: {file.path} cannot be read: {error}") from None
   if b"\0" in data[:_SNIFF]:
     if file.named:
+      if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"data.sources: {file.path} is UTF-16, not UTF-8; convert it, for "
+                          "example with iconv -f UTF-16 -t UTF-8")
       raise ConfigError(f"data.sources: {file.path} is binary, not text; name a UTF-8 text, .jsonl "
                         "or .parquet file")
     skipped["binary"] += 1
@@ -257,7 +253,7 @@ def _record(record: Any, name: str, text_key: str) -> Document:
   if text_key not in record:
     raise ConfigError(f"{name} has no field data.text_key={text_key!r}; its fields are "
                       f"{', '.join(map(repr, record)) or 'none'}")
-  text = record[text_key]
+  text = "" if record[text_key] is None else record[text_key]
   if not isinstance(text, str):
     raise ConfigError(f"{name}: field {text_key!r} has type {type(text).__name__}; text is "
                       "expected")
@@ -274,7 +270,7 @@ def _jsonl_documents(file: File, text_key: str, limit: int) -> Iterator[Document
   line_limit = 12 * limit + 2**16
   number = 0
   try:
-    with _open(file.path) as f:
+    with compressed.open_binary(file.path) as f:
       while line := f.readline(line_limit + 1):
         number += 1
         name = f"{file.path}:{number}"
@@ -287,7 +283,7 @@ def _jsonl_documents(file: File, text_key: str, limit: int) -> Iterator[Document
         except ValueError as error:  # UnicodeDecodeError too
           raise ConfigError(f"{name} is not a JSON record in UTF-8: {error}") from None
         yield _record(record, name, text_key)
-  except (OSError, EOFError) as error:
+  except compressed.ERRORS as error:
     raise ConfigError(f"data.sources: {file.path} cannot be read after line {number}: "
                       f"{error}") from None
 
@@ -297,14 +293,14 @@ def _parquet_documents(file: File, text_key: str) -> Iterator[Document]:
   from pyarrow import parquet
 
   try:
-    table = parquet.ParquetFile(file.path)
+    table = parquet.ParquetFile(file.path, buffer_size=2**20)  # streams; 0 reads a row group
     if text_key not in table.schema_arrow.names:
       raise ConfigError(f"{file.path} has no column data.text_key={text_key!r}; its columns are "
                         f"{', '.join(table.schema_arrow.names)}")
     row = 0
     for batch in table.iter_batches(batch_size=256, columns=[text_key]):
       for text in batch.column(0).to_pylist():
-        yield _record({text_key: "" if text is None else text}, f"{file.path} row {row}", text_key)
+        yield _record({text_key: text}, f"{file.path} row {row}", text_key)
         row += 1
   except (pyarrow.ArrowException, OSError) as error:
     raise ConfigError(f"data.sources: {file.path} is no readable Parquet file: {error}") from None
@@ -323,14 +319,23 @@ def _hf_documents(spec: str, text_key: str, limit: int, skipped: collections.Cou
   import datasets
 
   name, config, split = _hf_name(spec)
+  row = -1
   try:
-    records = iter(datasets.load_dataset(name, config, split=split, streaming=True))
-  except Exception as error:  # network, names, scripts: the library raises many kinds
-    raise ConfigError(f"data.sources: the dataset {spec!r} cannot be opened: {error}") from None
-  for row, record in enumerate(records):
-    document = _record(record, f"{spec} row {row}", text_key)
-    if document.text:
-      _check_length(document, limit)
-      yield document
-    else:
-      skipped["empty"] += 1
+    records = datasets.load_dataset(name, config, split=split, streaming=True)
+    for row, record in enumerate(records):
+      document = _record(record, f"{spec} row {row}", text_key)
+      if document.text:
+        _check_length(document, limit)
+        yield document
+      else:
+        skipped["empty"] += 1
+  except ConfigError:
+    raise
+  except Exception as error:  # network, names, splits: the library raises many kinds
+    where = "cannot be opened" if row < 0 else f"cannot be read after row {row:,}"
+    first_line = str(error).partition("\n")[0] or type(error).__name__
+    raise ConfigError(
+        f"data.sources: the dataset {spec!r} {where}: {first_line}; check the name, the "
+        "configuration, the split and the network. Without a network, name files instead: the "
+        "dataset's .parquet or .jsonl, or shards that `dsv3 tokenize` made where it is online"
+    ) from error

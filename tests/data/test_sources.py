@@ -2,6 +2,7 @@ import collections
 import gzip
 import json
 import os
+import random
 import sys
 import sysconfig
 import types
@@ -52,6 +53,39 @@ def test_records_of_json_lines_are_documents(tmp_path):
   assert skipped == {"empty": 1}
 
 
+def test_null_text_is_an_empty_document(tmp_path):
+  """Law: a missing text is left out alike in every kind of record."""
+  (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+  skipped = collections.Counter()
+  assert [d.text for d in read(tmp_path / "a.jsonl", skipped=skipped)] == ["a"]
+  assert skipped == {"empty": 1}
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_files_of_several_parts_are_read_to_their_end(tmp_path, suffix):
+  """Oracle: the text before it was compressed in three parts; then damage of three kinds."""
+  if suffix == "zst":
+    zstandard = pytest.importorskip("zstandard")
+    compress = zstandard.ZstdCompressor(write_checksum=True).compress
+  else:
+    compress = gzip.compress
+  rng = random.Random(0)
+  lines = [json.dumps({"text": f"{i} {rng.getrandbits(800):x}"}) + "\n" for i in range(900)]
+  data = b"".join(compress("".join(lines[i:i + 300]).encode()) for i in range(0, 900, 300))
+  text, jsonl = tmp_path / f"a.txt.{suffix}", tmp_path / f"a.jsonl.{suffix}"
+  text.write_bytes(data)
+  jsonl.write_bytes(data)
+  assert read(text, limit=10**6)[0].text == "".join(lines)
+  assert [d.text for d in read(jsonl)] == [json.loads(line)["text"] for line in lines]
+  turned = bytearray(data)
+  turned[len(data) // 2] ^= 0x55
+  for damaged in (data[:-20], bytes(turned), b"\x28plain text"):
+    for path in (text, jsonl):
+      path.write_bytes(damaged)
+      with pytest.raises(ConfigError, match=f"{path.name} cannot be read"):
+        read(path, limit=10**6)
+
+
 def test_the_standard_library_is_a_source():
   """Oracle: sysconfig's folder and `json/decoder.py` in it, which every Python has."""
   source = sources.resolve("stdlib", 64 * 2**20)
@@ -76,6 +110,32 @@ def test_a_hugging_face_dataset_is_streamed(monkeypatch):
   assert calls == [("own/set", "en", "validation", True), ("set", None, "train", True)]
 
 
+@pytest.mark.parametrize("good, words", [
+    (0, "cannot be opened"), (2, "cannot be read after row 1")])
+def test_a_hugging_face_dataset_that_fails_says_what_to_do(monkeypatch, good, words):
+  """Oracle: the library's first line, and the remedies; before and within the stream."""
+  def load_dataset(*args, **kwargs):
+    def records():
+      yield from [{"text": "a"}] * good
+      raise ConnectionError("Couldn't reach the hub\nlong traceback")
+    return records()
+
+  monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+  with pytest.raises(ConfigError) as error:
+    read("hf:own/set")
+  assert f"'hf:own/set' {words}: Couldn't reach the hub; check the name" in str(error.value)
+  assert "Without a network" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_of_a_packages_name_is_not_the_package(tmp_path, monkeypatch):
+  """Oracle: the message of a missing package, in a folder that has a folder `datasets`."""
+  (tmp_path / "datasets").mkdir()
+  monkeypatch.delitem(sys.modules, "datasets", raising=False)
+  monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  with pytest.raises(ConfigError, match="needs the package datasets, which is not installed"):
+    sources.resolve("hf:x", LIMIT)
+
+
 def test_parquet_rows_are_documents(tmp_path):
   """Oracle: pyarrow's writer."""
   parquet = pytest.importorskip("pyarrow.parquet")
@@ -94,6 +154,7 @@ def test_parquet_rows_are_documents(tmp_path):
 @pytest.mark.parametrize("name, data, message", [
     ("empty.txt", b"", r"empty.txt is empty"),
     ("a.bin", b"\x7fELF\0\1\2", r"a.bin is binary"),
+    ("utf16.txt", "one".encode("utf-16"), r"utf16.txt is UTF-16, not UTF-8; convert it"),
     ("latin.txt", b"one\ntwo caf\xe9\n", r"latin.txt is not UTF-8: byte 0xe9 at offset 11, line 2"),
     ("long.txt", b"x" * 10_001, r"long.txt has 10,001 bytes, more than data.max_document_bytes="
                                 r"10,000; raise that key, or split"),
