@@ -1,0 +1,1 @@
+"""FP8 training (report 3.3)."""
