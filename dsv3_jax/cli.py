@@ -22,7 +22,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ def run(argv: Sequence[str]) -> int:
     SystemExit: from argparse, for --help (0) and for an unknown command or option (2).
   """
   parser = _parser()
+  _refuse_misspelt(parser, argv)
   args, rest = parser.parse_known_args(argv)
   if rest and not (args.overridable and rest[0].startswith(OVERRIDE)):
-    args.parser.error(f"unknown argument {rest[0]!r}{_nearest_option(rest[0], args.parser)}")
+    args.parser.error(f"unknown argument {rest[0]!r}")
   try:
     if args.overridable:
       args.overrides = _pair_overrides(rest)
@@ -106,6 +107,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+  if not (Path(args.workdir) / "checkpoints").is_dir():
+    why = "holds no checkpoints/" if Path(args.workdir).is_dir() else "is not a folder"
+    raise ConfigError(f"{args.workdir} {why}; give the workdir of a run")
   from flax import nnx
 
   from dsv3_jax.data import pipeline
@@ -273,7 +277,7 @@ def parse_value(key: str, text: str) -> Any:
   """The text of `--config.key=text` as the type of that key.
 
   Numbers may be written 3e-4, 1e6 (also for integers) and 1_000; booleans true or false; tuples as
-  a,b or as a Python tuple or list.
+  a,b or as a Python tuple or list; where a key may be None, none.
 
   Raises:
     ConfigError: no such key, a section instead of a value, or text of another type.
@@ -282,12 +286,15 @@ def parse_value(key: str, text: str) -> Any:
   if dataclasses.is_dataclass(hint):
     names = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(hint))
     raise ConfigError(f"{OVERRIDE}{key}={text}: {key!r} is a section; set one of {names}")
+  if hint != (hint := config_lib.optional(hint)) and text.lower() == "none":
+    return None
   try:
     if typing.get_origin(hint) is tuple:
       return _parse_tuple(typing.get_args(hint)[0], text)
     return _parse_scalar(hint, text)
   except (ValueError, SyntaxError) as error:
-    name = getattr(hint, "__name__", str(hint)) if not typing.get_origin(hint) else str(hint)
+    name = {int: "a whole number", float: "a number", bool: "true or false"}.get(
+        hint, f"a value of type {hint}")
     raise ConfigError(f"{OVERRIDE}{key}={text}: {name} is expected") from error
 
 
@@ -417,11 +424,15 @@ def _parser() -> argparse.ArgumentParser:
       commands, "train", _train, "train a model, or go on with a run",
       "Train the model of an experiment file. Where the workdir holds a checkpoint of the same\n"
       "config, training goes on from it. Ctrl-C (or SIGTERM) saves before leaving; the same\n"
-      "command resumes. At the end report.md and report.html are in the workdir.",
+      "command resumes. At the end report.md and report.html are in the workdir.\n\n"
+      "--config.train.profile_from=N captures train.profile_steps steps from step N on with\n"
+      "jax.profiler into WORKDIR/profile. TensorBoard's files are in WORKDIR/tensorboard; where\n"
+      "WANDB_PROJECT is set and wandb is installed, the same numbers go to Weights & Biases.",
       "  dsv3 train --config=experiments/tiny.py\n"
       "  dsv3 train --config=experiments/tiny.py:smoke --workdir=/tmp/smoke\n"
       "  dsv3 train --config=experiments/tiny.py --config.optim.lr=3e-4 --config.data.fim_rate=0\n"
       "  dsv3 train --config=experiments/tiny.py --config.data.sources='texts/*.txt,notes'\n"
+      "  dsv3 train --config=experiments/tiny.py --config.train.profile_from=50\n"
       "  dsv3 train --config=experiments/v3_671b.py --print-config")
   train.set_defaults(overridable=True)
   train.add_argument("--config", required=True, metavar="FILE[:ARG]",
@@ -506,9 +517,25 @@ def _command(commands: Any, name: str, function: Any, summary: str, description:
   return parser
 
 
-def _nearest_option(word: str, parser: argparse.ArgumentParser) -> str:
-  options = [o for action in parser._actions for o in action.option_strings]
-  near = difflib.get_close_matches(word.partition("=")[0], options, n=1)
+def _refuse_misspelt(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+  """Names the nearest command or option before argparse complains of what it would have given."""
+  commands = next(action.choices for action in parser._actions
+                  if isinstance(action, argparse._SubParsersAction))
+  if not argv or argv[0].startswith("-"):
+    return
+  if argv[0] not in commands:
+    parser.error(f"unknown command {argv[0]!r}{_nearest(argv[0], commands)} (commands: "
+                 f"{', '.join(commands)})")
+  parser = commands[argv[0]]
+  for word in argv[1:]:
+    name = word.partition("=")[0]
+    overrides = parser.get_default("overridable") and word.startswith(OVERRIDE)
+    if word.startswith("--") and name not in parser._option_string_actions and not overrides:
+      parser.error(f"unknown argument {word!r}{_nearest(name, parser._option_string_actions)}")
+
+
+def _nearest(word: str, choices: Iterable[str]) -> str:
+  near = difflib.get_close_matches(word, choices, n=1)
   return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -17,6 +17,7 @@ run shortened tenfold keeps the shape of its schedules. The defaults are the rep
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from typing import Any
@@ -173,6 +174,67 @@ class Mesh:
     _positive("runtime.mesh", self, "data")
 
 
+RECIPES = ("none", "fp32", "bf16", "v3", "v3_pow2", "per_tensor_current", "per_tensor_delayed",
+           "hybrid_e5m2", "block_gradients", "no_promotion")
+_OPERAND = r"compute|bf16|fp32|(e4m3|e5m2|e5m6) (tensor|[1-9]\d*x[1-9]\d*) (fp32|pow2)( delayed)?"
+
+
+@dataclasses.dataclass(frozen=True)
+class FP8:
+  """How the linear layers' three matmuls are quantized (report 3.3); see dsv3_jax/fp8/recipe.py.
+
+  None means: as `runtime.recipe` says. An operand is written "format tile scales", such as
+  "e4m3 1x128 pow2": format e4m3, e5m2 or (caches only) e5m6; tile rows x columns of one scale, or
+  "tensor"; scales fp32 or pow2; a fourth word "delayed" takes a tensor's amax from its history.
+  Rows are tokens and columns channels; rows of a weight are its inputs. "compute", "bf16" and
+  "fp32" are operands that are not quantized.
+  """
+
+  fprop_x: str | None = None  # y = x w
+  fprop_w: str | None = None
+  dgrad_dy: str | None = None  # dx = dy w^T
+  dgrad_w: str | None = None  # of w as it lies, not of its transpose
+  wgrad_x: str | None = None  # dw = x^T dy
+  wgrad_dy: str | None = None
+  output_x: str | None = None  # fprop_x of the projection after attention
+  output_cache: str | None = None  # what that projection keeps of its input
+  dispatch_x: str | None = None  # fprop_x of the routed experts: rows are sent like this
+  dispatch_dy: str | None = None  # gradient that enters the routed experts' down-projections
+  swiglu_cache: str | None = None  # what a SwiGLU keeps of its two inputs
+  interval: int | None = None  # values of k between promotions to fp32; 0: none. Needs bits
+  bits: int | None = None  # of the emulated tensor core's accumulation, 14 on Hopper; 0: fp32
+  floor: float | None = None  # least amax of activations and weights
+  gradient_floor: float | None = None  # least amax of gradients
+  history: int | None = None  # steps that a delayed amax looks back
+
+  def __post_init__(self):
+    s = "runtime.fp8"
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type == "str | None" or field.type == str | None:
+        _require(value is None or re.fullmatch(_OPERAND, value) is not None,
+                 f"{s}.{field.name}={value!r} must be compute, bf16, fp32 or "
+                 "'FORMAT TILE SCALES' such as 'e4m3 1x128 pow2' or 'e4m3 tensor fp32 delayed'")
+        _require(value is None or "e5m6" not in value or field.name.endswith("_cache"),
+                 f"{s}.{field.name}={value!r}: e5m6 is for caches (output_cache, swiglu_cache); a "
+                 "matmul takes e4m3 or e5m2")
+        _require(value is None or "delayed" not in value or
+                 ("tensor" in value and field.name in ("fprop_x", "dgrad_dy", "output_x",
+                                                       "dispatch_x", "dispatch_dy")),
+                 f"{s}.{field.name}={value!r}: delayed scaling is for 'tensor' tiles of fprop_x, "
+                 "output_x, dispatch_x, dgrad_dy and dispatch_dy; the others are requantized, or "
+                 "quantized once a step")
+    for name in ("floor", "gradient_floor"):
+      value = getattr(self, name)
+      _require(value is None or value >= 1e-30, f"{s}.{name}={value} must be at least 1e-30")
+    _require(self.interval is None or (self.interval >= 0 and self.interval % 32 == 0),
+             f"{s}.interval={self.interval} must be a multiple of 32, or 0 for no promotion")
+    _require(self.bits is None or self.bits == 0 or 4 <= self.bits <= 36,
+             f"{s}.bits={self.bits} must be 0 (fp32 sums) or from 4 to 36")
+    _require(self.history is None or self.history > 0,
+             f"{s}.history={self.history} must be positive")
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
   """How the model is computed; free to change between runs of one checkpoint."""
@@ -182,6 +244,8 @@ class Runtime:
   attention: str = "auto"  # dsv3_jax.ops.attention implementation
   attention_block: int = 0  # query and key rows of a tile of the blockwise form; 0: by length
   gemm: str = "auto"  # dsv3_jax.ops.grouped_gemm implementation
+  recipe: str = "none"  # of the linear layers' matmuls; none: in compute_dtype
+  fp8: FP8 = FP8()  # changes to the recipe
   layer_unroll: int = 1  # layers unrolled per iteration of the scan; 0 unrolls all
   head_chunk: int = 1024  # tokens whose logits exist at once in the loss
   mesh: Mesh = Mesh()
@@ -192,6 +256,10 @@ class Runtime:
     _one_of(s, self, "remat", ("none", "report", "layer"))
     _one_of(s, self, "attention", ("auto", "xla", "cudnn", "reference"))
     _one_of(s, self, "gemm", ("auto", "xla", "ragged_dot", "reference"))
+    _one_of(s, self, "recipe", RECIPES)
+    _require(self.recipe != "none" or self.fp8 == FP8(),
+             f"{s}.fp8 changes a recipe, but {s}.recipe=none; choose one of "
+             f"{', '.join(RECIPES[1:])}")
     _positive(s, self, "head_chunk")
     _not_negative(s, self, "attention_block", "layer_unroll")
 
@@ -281,7 +349,8 @@ class Data:
     s = "data"
     _require(len(self.sources) > 0, f"{s}.sources is empty; name at least one source")
     _require(len(self.weights) in (0, len(self.sources)),
-             f"{s}.weights has {len(self.weights)} entries for {len(self.sources)} sources")
+             f"{s}.weights={self.weights} has {len(self.weights)} entries for {len(self.sources)} "
+             f"{s}.sources; give one a source, or none")
     _require(all(w > 0 for w in self.weights), f"{s}.weights={self.weights} must be positive")
     _positive(s, self, "batch_size", "batch_ramp_stages", "max_document_bytes")
     _not_negative(s, self, "batch_start", "microbatch", "workers", "prefetch")
@@ -368,6 +437,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
   """`value` as the type `hint`, or a ConfigError that names `key`."""
   if dataclasses.is_dataclass(hint):
     return from_dict(value, hint, key)
+  if isinstance(hint, types.UnionType):  # `X | None`
+    return None if value is None else _convert(optional(hint), value, key)
   wrong = ConfigError(f"{key}={value!r} has type {type(value).__name__}; "
                       f"{_type_name(hint)} is expected")
   if typing.get_origin(hint) is tuple:
@@ -386,6 +457,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
   return value
 
 
+def optional(hint: Any) -> Any:
+  """X of a hint `X | None`, and any other hint as it is."""
+  if isinstance(hint, types.UnionType):
+    return next(t for t in typing.get_args(hint) if t is not types.NoneType)
+  return hint
+
+
 def field_type(path: str, cls: type = Config) -> Any:
   """The type of the field at a dotted path such as "optim.lr".
 
@@ -398,7 +476,10 @@ def field_type(path: str, cls: type = Config) -> Any:
       raise ConfigError(f"unknown config key {path!r}; {section!r} is a value, not a section")
     hints = typing.get_type_hints(hint)
     if name not in hints:
-      raise ConfigError(f"unknown config key {path!r}; {_nearest(name, section, hints, cls)}")
+      whole = difflib.get_close_matches(path, _leaves(cls), n=1, cutoff=0.8)
+      near = (f"did you mean {whole[0]!r}?" if whole and not path.endswith(name)
+              else _nearest(name, section, hints, cls))
+      raise ConfigError(f"unknown config key {path!r}; {near}")
     hint, section = hints[name], f"{section}.{name}" if section else name
   return hint
 

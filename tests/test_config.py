@@ -77,8 +77,16 @@ def test_misspelt_leaf_names_the_nearest(path):
   assert f"did you mean {path!r}" in str(error.value)
 
 
+@pytest.mark.parametrize("path", ["optim.lr", "model.moe.experts", "model.attention.yarn.factor"])
+def test_misspelt_section_keeps_the_rest(path):
+  """Oracle: the whole key is proposed back, not its section alone."""
+  section, _, rest = path.partition(".")
+  with pytest.raises(ConfigError, match=f"did you mean {path!r}"):
+    config_lib.field_type(f"{section[:-2]}{section[-1]}.{rest}")
+
+
 @pytest.mark.parametrize("wrong, near", [
-    ("lr", "'optim.lr'"), ("model.experts", "'model.moe.experts'"), ("modle.dim", "'model'"),
+    ("lr", "'optim.lr'"), ("model.experts", "'model.moe.experts'"), ("modle.dim", "'model.dim'"),
     ("model.attention.yarn.facter", "'model.attention.yarn.factor'"),
     ("optim.zzz", "valid keys of optim: lr,"), ("model.dim.x", "'model.dim' is a value")])
 def test_misplaced_key_names_where_it_belongs(wrong, near):
@@ -135,7 +143,7 @@ IMPOSSIBLE = [
     ({"optim.nu_dtype": "float16"}, ["optim.nu_dtype='float16'", "bfloat16"]),
     ({"loss.bias_speed": -0.1}, ["loss.bias_speed=-0.1"]),
     ({"data.sources": ()}, ["data.sources", "at least one"]),
-    ({"data.weights": (1.0, 2.0)}, ["data.weights", "1 sources"]),
+    ({"data.weights": (1.0, 2.0)}, ["data.weights", "1 data.sources"]),
     ({"data.weights": (0.0,)}, ["data.weights", "positive"]),
     ({"data.sequence_length": 4}, ["data.sequence_length=4", "at least 8"]),
     ({"data.microbatch": 3}, ["data.batch_size=8", "data.microbatch=3"]),

@@ -242,7 +242,7 @@ def _text_document(file: File, limit: int, skipped: collections.Counter) -> Iter
       line = data.count(b"\n", 0, error.start) + 1
       raise ConfigError(f"data.sources: {file.path} is not UTF-8: byte 0x{data[error.start]:02x} "
                         f"at offset {error.start}, line {line}; convert it, for example with "
-                        "iconv -t UTF-8") from None
+                        "iconv -f LATIN1 -t UTF-8") from None
     skipped["badly encoded"] += 1
 
 
