@@ -13,6 +13,7 @@ import jax
 
 from pallas_kernels import cudnn_attention, reference
 from pallas_kernels.xla import attention as xla_attention
+from pallas_kernels.xla import gemm as xla_gemm
 from pallas_kernels.xla import grouped_gemm as xla_grouped_gemm
 
 _log = logging.getLogger(__name__)
@@ -64,6 +65,14 @@ def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale:
       "xla": lambda: xla_attention.attention(*args, **kwargs, block=block),
       "reference": lambda: reference.attention(*args, **kwargs),
   }, auto=("cudnn", "xla"))
+
+
+def gemm(x_MK: jax.Array, w_KN: jax.Array, *, impl: str = "auto") -> jax.Array:
+  """`x @ w`, [M, N] in the dtype of both; impl: auto, xla (made for the CPU), reference."""
+  return _dispatch("gemm", impl, {
+      "xla": lambda: xla_gemm.gemm(x_MK, w_KN),
+      "reference": lambda: reference.gemm(x_MK, w_KN),
+  }, auto=("xla", "reference"))
 
 
 def grouped_gemm(x_MK: jax.Array, w_GKN: jax.Array, group_m: jax.Array, used: jax.Array, *,

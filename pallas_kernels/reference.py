@@ -17,6 +17,11 @@ def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale:
   return jnp.einsum("bhts,bshu->bthu", p.astype(v_BTHU.dtype), v_BTHU)
 
 
+def gemm(x_MK: jax.Array, w_KN: jax.Array) -> jax.Array:
+  """`x @ w`."""
+  return x_MK @ w_KN
+
+
 def grouped_gemm(x_MK: jax.Array, w_GKN: jax.Array, group_m: jax.Array, used: jax.Array
                  ) -> jax.Array:
   """`y[block i] = x[block i] @ w[group_m[i]]` for the first `used` blocks, zeros after."""

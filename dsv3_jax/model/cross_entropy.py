@@ -66,7 +66,7 @@ def _fwd(h_PD, w_DV, target_P, weight_P, chunk):
     loss_c, correct_c, dlogits_cV = _chunk_loss(h_cD, w_DV, target_c, weight_c)
     dlogits_cV = dlogits_cV.astype(h_cD.dtype)
     dh_cD = jnp.einsum("cv,dv->cd", dlogits_cV, w_DV)
-    dw = jnp.einsum("cd,cv->dv", h_cD, dlogits_cV, preferred_element_type=jnp.float32)
+    dw = jnp.dot(h_cD.T, dlogits_cV, preferred_element_type=jnp.float32)
     return (loss + loss_c, correct + correct_c, dw_DV + dw), dh_cD
 
   parts = tuple(_split(x, min(chunk, h_PD.shape[0])) for x in (h_PD, target_P, weight_P))

@@ -5,10 +5,14 @@ parameters and the call's arguments. Weights are kept in the dtype given at cons
 masters) and cast to the activations' dtype where they are used.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax import ops
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype) -> nnx.Param:
@@ -37,6 +41,16 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
   return (x32 * inverse).astype(x.dtype) * gain.astype(x.dtype)
 
 
+def linear(x: jax.Array, w: jax.Array, inner: int = 1) -> jax.Array:
+  """Contracts the last `inner` axes of x with the first of w: [..., *I] and [*I, *O] to [..., *O].
+
+  The weight is cast to the dtype of `x`, which is the dtype of the result.
+  """
+  width = math.prod(w.shape[:inner])
+  y = ops.gemm(x.reshape(-1, width), w.astype(x.dtype).reshape(width, -1))
+  return y.reshape(*x.shape[:x.ndim - inner], *w.shape[inner:])
+
+
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """`silu(gate) * up`, elementwise; both [..., F]."""
   return jax.nn.silu(gate) * up
@@ -52,8 +66,7 @@ class DenseFFN(nnx.Module):
 
   def __call__(self, x_PD: jax.Array) -> jax.Array:
     """[P, D] to [P, D]."""
-    dtype = x_PD.dtype
     with jax.named_scope("dense_ffn"):
-      gate_PF = checkpoint_name(x_PD @ self.w_gate_DF[...].astype(dtype), "ffn_gate")
-      up_PF = checkpoint_name(x_PD @ self.w_up_DF[...].astype(dtype), "ffn_up")
-      return swiglu(gate_PF, up_PF) @ self.w_down_FD[...].astype(dtype)
+      gate_PF = checkpoint_name(linear(x_PD, self.w_gate_DF[...]), "ffn_gate")
+      up_PF = checkpoint_name(linear(x_PD, self.w_up_DF[...]), "ffn_up")
+      return linear(swiglu(gate_PF, up_PF), self.w_down_FD[...])

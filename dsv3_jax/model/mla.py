@@ -56,15 +56,14 @@ class MLA(nnx.Module):
 
   def queries(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Queries [B, T, H, K], the last R of each head rotated."""
-    dtype, N = x_BTD.dtype, self.cfg.nope_dim
+    N = self.cfg.nope_dim
     if self.cfg.q_rank:
-      latent_BTQ = checkpoint_name(x_BTD @ self.w_dq_DQ[...].astype(dtype), "q_latent")
+      latent_BTQ = checkpoint_name(layers.linear(x_BTD, self.w_dq_DQ[...]), "q_latent")
       x_BTD = layers.rms_norm(latent_BTQ, self.q_norm_Q[...], self.cfg.latent_norm_eps)
       w_HK = self.w_uq_QHK[...]
     else:
       w_HK = self.w_q_DHK[...]
-    w_HK = _rotate_in_halves(w_HK.astype(dtype), N)
-    q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, w_HK)
+    q_BTHK = layers.linear(x_BTD, _rotate_in_halves(w_HK.astype(x_BTD.dtype), N))
     rotated = rope.apply_rope(q_BTHK[..., N:], cos, sin)
     return jnp.concatenate([q_BTHK[..., :N], rotated], axis=-1)
 
@@ -73,14 +72,14 @@ class MLA(nnx.Module):
     """Normalised latent [B, T, C] and rotated shared key [B, T, R]: all that a cache stores."""
     C = self.cfg.kv_rank
     w_dkv_DZ = _rotate_in_halves(self.w_dkv_DZ[...].astype(x_BTD.dtype), C)
-    z_BTZ = checkpoint_name(x_BTD @ w_dkv_DZ, "kv_latent")
+    z_BTZ = checkpoint_name(layers.linear(x_BTD, w_dkv_DZ), "kv_latent")
     c_BTC = layers.rms_norm(z_BTZ[..., :C], self.kv_norm_C[...], self.cfg.latent_norm_eps)
     return c_BTC, rope.apply_rope(z_BTZ[..., C:], cos, sin)
 
   def expand(self, c_BTC: jax.Array, k_rope_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys [B, T, H, K] and values [B, T, H, U] of every head."""
     N = self.cfg.nope_dim
-    kv_BTHW = jnp.einsum("btc,chw->bthw", c_BTC, self.w_ukv_CHW[...].astype(c_BTC.dtype))
+    kv_BTHW = layers.linear(c_BTC, self.w_ukv_CHW[...])
     shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None],
                                    (*kv_BTHW.shape[:3], k_rope_BTR.shape[-1]))
     return jnp.concatenate([kv_BTHW[..., :N], shared_BTHR], axis=-1), kv_BTHW[..., N:]
@@ -105,4 +104,4 @@ class MLA(nnx.Module):
         q_BTHK, k_BTHK, v_BTHU, scale=rope.softmax_scale(self.cfg), segments_BT=segments_BT,
         impl=runtime.attention, block=runtime.attention_block)
     with jax.named_scope("mla_output"):
-      return jnp.einsum("bthu,hud->btd", o_BTHU, self.w_o_HUD[...].astype(x_BTD.dtype))
+      return layers.linear(o_BTHU, self.w_o_HUD[...], inner=2)

@@ -47,9 +47,10 @@ def _visits(group_m: jax.Array, used: jax.Array, merges: tuple[int, ...]):
   i = jnp.arange(blocks)
   if merges == (1,):
     return [(1, i, used)]
-  run = jnp.cumsum(jnp.diff(group_m, prepend=group_m[:1]) != 0)
-  same = (run[:, None] == run[None, :]) & (i[None, :] < used)
-  length, place = same.sum(1), (same & (i[None, :] < i[:, None])).sum(1)
+  starts = jnp.diff(group_m, prepend=-1) != 0
+  place = i - lax.cummax(jnp.where(starts, i, 0))
+  run = jnp.cumsum(starts) - 1
+  length = jnp.zeros((blocks,), jnp.int32).at[run].add(i < used)[run]
   visits = []
   for count in merges:
     if count == merges[0]:
