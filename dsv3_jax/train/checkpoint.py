@@ -30,6 +30,7 @@ from dsv3_jax.train.ema import snapshot
 from dsv3_jax.train.state import TrainState
 
 _SIDECAR = "checkpoint.json"
+_DAMAGED = ".damaged"
 
 
 class CheckpointError(RuntimeError):
@@ -289,32 +290,30 @@ class Checkpoints:
     Args:
       abstract: the state as ShapeDtypeStructs with the shardings wanted.
 
-    A damaged checkpoint is set aside as `NUMBER.damaged` with one warning that says what is
-    wrong.
+    A checkpoint whose files are not those that were written is set aside as `NUMBER.damaged` with
+    one warning that says what is wrong. An error in loading one that is whole passes through: the
+    next start may succeed, so nothing is moved.
 
     Raises:
-      CheckpointError: there are checkpoints and none is whole.
+      CheckpointError: there are checkpoints, or were, and none is whole.
     """
-    damage = None
     for step in reversed(self.steps()):
       folder = _folder(self._root, step)
       try:
         meta = _read_sidecar(folder)
         damage = _damage(folder, meta)
-        if damage is None:
-          restored = self._load(folder, meta, abstract)
-      except Exception as e:  # any error of the reader means that this one is of no use
-        damage = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
+      except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
+        damage = f"its {_SIDECAR} is not whole: {type(e).__name__}: {e}"
       if damage is None:
-        return restored
+        return self._load(folder, meta, abstract)
       earlier = [s for s in self.steps() if s < step]
       use = f"using step {earlier[-1]}" if earlier else "there is no earlier one"
-      aside = folder + ".damaged"
+      aside = folder + _DAMAGED
       shutil.rmtree(aside, ignore_errors=True)
       os.replace(folder, aside)
       warnings.warn(f"checkpoint of step {step} is damaged ({damage}); moved to {aside}, {use}",
                     stacklevel=2)
-    if damage is not None:
+    if any(name.endswith(_DAMAGED) for name in os.listdir(self._root)):
       raise CheckpointError(f"no checkpoint under {self._root} is whole; restore one from a copy, "
                             "or give another --workdir to start again")
     return None

@@ -153,7 +153,23 @@ def test_all_damaged(tmp_path):
   _truncate(tmp_path / "checkpoints" / "00000010")
   with pytest.warns(UserWarning), pytest.raises(checkpoint.CheckpointError, match="is whole"):
     checkpoint.Checkpoints(str(tmp_path)).restore(_abstract(_state()))
+  with pytest.raises(checkpoint.CheckpointError, match="is whole"):  # and so at every later start
+    checkpoint.Checkpoints(str(tmp_path)).restore(_abstract(_state()))
   assert checkpoint.Checkpoints(str(tmp_path / "new")).restore(_abstract(_state())) is None
+
+
+def test_an_error_of_the_reader_moves_nothing(tmp_path, monkeypatch):
+  """Oracle: the folders before; the error passes through, and the next start loads the bits."""
+  store = _saved(tmp_path)
+
+  def fail(*args, **kwargs):
+    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+    patch.setattr(checkpoint.ocp, "load_checkpointables", fail)
+    store.restore(_abstract(_state()))
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000010", "00000020"]
+  _assert_equal(store.restore(_abstract(_state())).state, _state(20))
 
 
 def test_an_unfinished_save(tmp_path):
