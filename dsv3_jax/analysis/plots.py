@@ -81,13 +81,13 @@ def loss(run: Run) -> Figure | None:
   """Training loss raw and smoothed, and validation loss, over tokens."""
   if not run.train:
     return None
-  figure, axes = _axes("tokens", "cross-entropy (nats per token)", WIDE)
+  figure, axes = new_axes("tokens", "cross-entropy (nats per token)", WIDE)
   _curve(axes, run.train, column(run.train, "loss"), BLUE, "training")
   evals = column(run.evals, "loss")
   if np.isfinite(evals).any():
     axes.plot(column(run.evals, "tokens"), evals, color=ORANGE, marker="o", markersize=4.5,
               linewidth=1.4, label="validation")
-  return _finish(axes)
+  return finish(axes)
 
 
 def mtp_loss(run: Run) -> Figure | None:
@@ -95,14 +95,14 @@ def mtp_loss(run: Run) -> Figure | None:
   train, evals = matrix(run.train, "mtp_loss"), matrix(run.evals, "mtp_loss")
   if not train.size:
     return None
-  figure, axes = _axes("tokens", "cross-entropy (nats per token)")
+  figure, axes = new_axes("tokens", "cross-entropy (nats per token)")
   for depth in range(train.shape[1]):
     colour = SERIES[(depth + 3) % len(SERIES)]
     _curve(axes, run.train, train[:, depth], colour, f"depth {depth + 1}, training")
     if depth < evals.shape[1]:
       axes.plot(column(run.evals, "tokens"), evals[:, depth], color=colour, marker="o",
                 markersize=4.5, linewidth=0, label=f"depth {depth + 1}, validation")
-  return _finish(axes)
+  return finish(axes)
 
 
 def schedules(run: Run) -> Figure | None:
@@ -112,11 +112,11 @@ def schedules(run: Run) -> Figure | None:
   panels = [(k, name) for k, name in panels if np.isfinite(column(run.train, k)).any()]
   if not panels:
     return None
-  figure = _figure()
+  figure = new_figure()
   rows = (len(panels) + 1) // 2
   grid = np.atleast_2d(figure.subplots(rows, min(len(panels), 2), sharex=True, squeeze=False))
   for axes, (key, name) in zip(grid.flat, panels, strict=False):
-    _style(axes)
+    style(axes)
     values = column(run.train, key)
     axes.plot(*_thin(column(run.train, "tokens"), values), color=BLUE, linewidth=1.6)
     axes.set_ylim(0, max(np.nanmax(values) * 1.12, 1e-12))
@@ -129,7 +129,7 @@ def schedules(run: Run) -> Figure | None:
     axes.set_visible(False)
   for axes in grid[-1]:
     axes.set_xlabel("tokens", color=TEXT)
-    axes.xaxis.set_major_formatter(_tokens_formatter())
+    axes.xaxis.set_major_formatter(tokens_formatter())
   return figure
 
 
@@ -139,7 +139,7 @@ def gradient_norm(run: Run) -> Figure | None:
   values = np.where(values > 0, values, np.nan)  # 0 and NaN (skipped steps) have no logarithm
   if not np.isfinite(values).any():
     return None
-  figure, axes = _axes("tokens", "global gradient norm")
+  figure, axes = new_axes("tokens", "global gradient norm")
   axes.set_yscale("log")
   _curve(axes, run.train, values, GREEN, "before clipping")
   clip = run.config.get("optim", {}).get("clip_norm", 0)
@@ -149,7 +149,7 @@ def gradient_norm(run: Run) -> Figure | None:
   axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
   axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
   axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-  return _finish(axes)
+  return finish(axes)
 
 
 def throughput(run: Run) -> Figure | None:
@@ -157,7 +157,7 @@ def throughput(run: Run) -> Figure | None:
   values = timing(run, "tokens_per_s")
   if not np.isfinite(values).any():
     return None
-  figure, axes = _axes("tokens", "tokens per second")
+  figure, axes = new_axes("tokens", "tokens per second")
   _curve(axes, run.train, values, PURPLE, "a step")
   median = float(np.nanmedian(values))
   axes.axhline(median, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)),
@@ -165,7 +165,7 @@ def throughput(run: Run) -> Figure | None:
   # One slow or instant step (a compilation, a resume) would flatten all the others.
   axes.set_ylim(0, min(float(np.nanmax(values)), 2 * median) * 1.1)
   axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
-  return _finish(axes)
+  return finish(axes)
 
 
 def max_violation(run: Run) -> Figure | None:
@@ -173,7 +173,7 @@ def max_violation(run: Run) -> Figure | None:
   values = matrix(run.train, "max_vio_L")
   if not values.size:
     return None
-  figure, axes = _axes("tokens", "MaxVio (max load / mean load − 1)")
+  figure, axes = new_axes("tokens", "MaxVio (max load / mean load − 1)")
   names = layer_names(run, values.shape[1])
   window = smoothing_window(len(run.train))
   few = len(names) <= len(SERIES)
@@ -184,7 +184,7 @@ def max_violation(run: Run) -> Figure | None:
               label=name if few or i in (0, len(names) - 1) else None)
   top = np.nanmax(values) if np.isfinite(values).any() else 1
   axes.set_ylim(0, max(top * 1.05, 0.1))
-  return _finish(axes)
+  return finish(axes)
 
 
 def expert_load(run: Run) -> Figure | None:
@@ -194,9 +194,9 @@ def expert_load(run: Run) -> Figure | None:
     return None
   load_LE = np.array(load[-1]["load_LE"], dtype=np.float64)
   layers, experts = load_LE.shape
-  figure = _figure(WIDE, min(1.2 + 0.34 * layers, 9))
+  figure = new_figure(WIDE, min(1.2 + 0.34 * layers, 9))
   axes = figure.subplots()
-  _style(axes, grid=False)
+  style(axes, grid=False)
   image = axes.pcolormesh(load_LE, cmap="RdBu_r", vmin=0, vmax=2,
                           rasterized=layers * experts > 4000,
                           edgecolors=PAPER if experts <= 64 else "none", linewidth=0.6)
@@ -226,9 +226,9 @@ def compression(run: Run) -> Figure | None:
   rows = bits_per_byte(run)
   if len(rows) < 2:
     return None
-  figure = _figure(height=0.7 + 0.3 * len(rows))
+  figure = new_figure(height=0.7 + 0.3 * len(rows))
   axes = figure.subplots()
-  _style(axes)
+  style(axes)
   axes.grid(axis="y", visible=False)
   names, values = zip(*rows, strict=True)
   bars = axes.barh(names, values, color=[BLUE] + [MUTED] * (len(rows) - 1), height=0.62)
@@ -291,21 +291,21 @@ def to_inline(svg: str, label: str, prefix: str) -> str:
 # --- drawing ------------------------------------------------------------------------------------
 
 
-def _figure(width: float = 6.8, height: float = 3.3) -> Figure:
+def new_figure(width: float = 6.8, height: float = 3.3) -> Figure:
   return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
-def _axes(x_label: str, y_label: str, width: float = 6.8) -> tuple[Figure, Axes]:
-  figure = _figure(width)
+def new_axes(x_label: str, y_label: str, width: float = 6.8) -> tuple[Figure, Axes]:
+  figure = new_figure(width)
   axes = figure.subplots()
-  _style(axes)
+  style(axes)
   axes.set_xlabel(x_label, color=TEXT)
   axes.set_ylabel(y_label, color=TEXT)
-  axes.xaxis.set_major_formatter(_tokens_formatter())
+  axes.xaxis.set_major_formatter(tokens_formatter())
   return figure, axes
 
 
-def _style(axes: Axes, grid: bool = True) -> None:
+def style(axes: Axes, grid: bool = True) -> None:
   axes.set_facecolor("none")
   for side, spine in axes.spines.items():
     spine.set_visible(grid and side in ("left", "bottom"))
@@ -317,7 +317,7 @@ def _style(axes: Axes, grid: bool = True) -> None:
   axes.margins(x=0.02)
 
 
-def _finish(axes: Axes) -> Figure:
+def finish(axes: Axes) -> Figure:
   legend = axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
   legend.set_zorder(5)
   return axes.figure
@@ -344,7 +344,7 @@ def _thin(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return x_N[keep], y_N[keep]
 
 
-def _tokens_formatter() -> ticker.Formatter:
+def tokens_formatter() -> ticker.Formatter:
   suffixes = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
   def text(value: float, _: Any) -> str:

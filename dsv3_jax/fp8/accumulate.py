@@ -38,6 +38,8 @@ How many bits would be enough? E4M3 products are multiples of 2^-18 below 2^18, 
 any 32 of them exactly; 34 is enough unless a product above 2^16 meets one that ends at 2^-18.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -66,7 +68,7 @@ def matmul(a_MK: jax.Array, b_KN: jax.Array, *, interval: int = 128, bits: int =
       (registers above 24 are fp32); 0 adds each interval in fp32.
     scale_a: fp32 [ceil(M / tile_a[0]), ceil(K / tile_a[1])]; multiplying restores values. None: 1.
     scale_b: fp32 [ceil(K / tile_b[0]), ceil(N / tile_b[1])].
-    tile_a, tile_b: what one scale covers; sizes beyond the array mean the whole axis.
+    tile_a, tile_b: what one scale covers; 0, or more than the axis has: all of it.
     truncation: "zero" cuts magnitudes, "floor" rounds towards minus infinity.
 
   Returns:
@@ -85,6 +87,7 @@ def matmul(a_MK: jax.Array, b_KN: jax.Array, *, interval: int = 128, bits: int =
 
   scales = []
   for scale, tile, shape, axis in ((scale_a, tile_a, (M, K), 1), (scale_b, tile_b, (K, N), 0)):
+    tile = tuple(t or n for t, n in zip(tile, shape, strict=True))
     _check_scale("ab"[1 - axis], scale, tile, shape)
     straddles = scale is not None and scale.shape[axis] > 1 and tile[axis] % interval
     scales.append((scale, tile, bool(straddles)))
@@ -125,26 +128,19 @@ def matmul(a_MK: jax.Array, b_KN: jax.Array, *, interval: int = 128, bits: int =
   return jnp.where(jnp.isfinite(plain_MN), y_MN, plain_MN)
 
 
-def exact_sum_share(a_SK: jax.Array, b_SK: jax.Array, bits: int, truncation: str = "zero"
-                    ) -> tuple[jax.Array, jax.Array]:
-  """How well one MMA step adds the products of each row: (share of exact sums, largest error).
+@functools.partial(jax.jit, static_argnames="truncation")
+def sum_of_step(a_SK: jax.Array, b_SK: jax.Array, bits: jax.Array, truncation: str = "zero"
+                ) -> jax.Array:
+  """What one MMA step makes of the products of each row, in an fp32 register; fp32 [S].
 
   Args:
-    a_SK, b_SK: E4M3 codes, K = 32; row s is one sum.
-    bits, truncation: as in `matmul`.
-
-  Returns:
-    Two fp32 scalars. A sum counts as exact where it equals the true sum after the register's own
-    truncation; the error is relative to the row's largest product.
+    a_SK, b_SK: codes, K = 32.
+    bits: int32 scalar, at most 36; the significant bits kept of the aligned products.
+    truncation: as in `matmul`.
   """
   a_KS, b_KS = a_SK.astype(jnp.float32).T, b_SK.astype(jnp.float32).T
-  p_KS = [a_KS[k] * b_KS[k] for k in range(STEP)]
-  zero_S = jnp.zeros(a_SK.shape[0])
-  found_S = _step(zero_S, p_KS, bits, truncation, register=24)
-  true_S = _step(zero_S, p_KS, MAX_BITS, truncation, register=24)
-  top_S = jnp.max(jnp.abs(jnp.stack(p_KS)), axis=0)
-  error_S = jnp.abs(found_S - true_S) / jnp.maximum(top_S, _SMALLEST)
-  return jnp.mean(found_S == true_S), jnp.max(error_S)
+  products = [a_KS[k] * b_KS[k] for k in range(STEP)]
+  return _wide_step(jnp.zeros_like(products[0]), products, bits, truncation)
 
 
 # --- the tensor core ----------------------------------------------------------------------------
@@ -161,44 +157,56 @@ def _emulated(a_mk: jax.Array, b_kN: jax.Array, bits: int, truncation: str) -> j
     # Written out, not reduced: XLA then fuses the step into one loop over outputs, with the 32
     # products in registers (measured on a CPU: 15 times faster than a reduction over an axis).
     products = [a_32m[k][:, None] * b_32N[k][None] for k in range(STEP)]
-    return _step(sum_mN, products, bits, truncation, min(bits, 24)), None
+    return _step(sum_mN, products, bits, truncation), None
 
   # A start that varies as the operands do, under shard_map.
   start_mN = jnp.zeros_like(a_s32m[0, 0][:, None] * b_s32N[0, 0][None])
   return lax.scan(body, start_mN, (a_s32m, b_s32N))[0]
 
 
-def _step(sum_: jax.Array, products: list[jax.Array], bits: int, truncation: str, register: int
-          ) -> jax.Array:
-  """One MMA step: aligned, cut to `bits`, added, cut to `register` significant bits."""
+def _step(sum_: jax.Array, products: list[jax.Array], bits: int, truncation: str) -> jax.Array:
+  """One MMA step: aligned, cut to `bits`, added, cut to the register."""
+  if bits > _LIMB:
+    return _cut(_wide_step(sum_, products, bits, truncation), min(bits, 24), truncation)
   terms = [sum_, *products]
-  top = jnp.full_like(sum_, _SMALLEST)
+  power = _largest_power(terms)
+  total, factor = 0, 2.0**(bits - 1) / power
   for x in terms:
-    top = jnp.maximum(top, jnp.abs(x))
-  power = lax.bitcast_convert_type(_as_int(top) & 0x7F800000, jnp.float32)  # 2^e
-  if bits <= _LIMB:
-    return _cut(_integers(terms, 2.0**(bits - 1) / power, truncation).astype(jnp.float32)
-                * (power * 2.0**(1 - bits)), register, truncation)
-  # Wider sums in two limbs, each exact: the top 18 bits, and what is left of `bits` below them.
-  high_unit, low_unit = power * 2.0**(1 - _LIMB), power * 2.0**(1 - bits)
+    total = total + _integer(x * factor, truncation)
+  return _cut(total.astype(jnp.float32) * (power * 2.0**(1 - bits)), bits, truncation)
+
+
+def _wide_step(sum_: jax.Array, products: list[jax.Array], bits: int | jax.Array, truncation: str
+               ) -> jax.Array:
+  """The same for any width, in an fp32 register: two limbs, each added exactly."""
+  terms = [sum_, *products]
+  power = _largest_power(terms)
+  high_unit = power * _power_of_two(1 - jnp.minimum(bits, _LIMB))
+  low_unit = power * _power_of_two(1 - bits)
   high = low = 0
   for x in terms:
     whole = _integer(x / high_unit, truncation)
     high = high + whole
     low = low + _integer((x - whole.astype(jnp.float32) * high_unit) / low_unit, truncation)
-  return _cut(_add_cut(high.astype(jnp.float32) * high_unit, low.astype(jnp.float32) * low_unit,
-                       truncation), register, truncation)
+  return _add_cut(high.astype(jnp.float32) * high_unit, low.astype(jnp.float32) * low_unit,
+                  truncation)
+
+
+def _largest_power(terms: list[jax.Array]) -> jax.Array:
+  """2^e of step 1, fp32."""
+  top = _SMALLEST
+  for x in terms:
+    top = jnp.maximum(top, jnp.abs(x))
+  return lax.bitcast_convert_type(_as_int(top) & 0x7F800000, jnp.float32)
+
+
+def _power_of_two(exponent: int | jax.Array) -> jax.Array:
+  """Exactly 2^exponent, which XLA's exp2 is not."""
+  return lax.bitcast_convert_type(jnp.asarray(exponent + 127, jnp.int32) << 23, jnp.float32)
 
 
 def _integer(x: jax.Array, truncation: str) -> jax.Array:
   return (jnp.floor(x) if truncation == "floor" else x).astype(jnp.int32)
-
-
-def _integers(terms: list[jax.Array], factor: jax.Array, truncation: str) -> jax.Array:
-  total = 0
-  for x in terms:
-    total = total + _integer(x * factor, truncation)
-  return total
 
 
 def _as_int(x: jax.Array) -> jax.Array:
