@@ -11,8 +11,10 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels import cudnn_attention, reference
+from pallas_kernels import cudnn_attention, reference, scaled, vma
+from pallas_kernels.scaled import Scaled
 from pallas_kernels.xla import attention as xla_attention
+from pallas_kernels.xla import fp8_gemm as xla_fp8_gemm
 from pallas_kernels.xla import gemm as xla_gemm
 from pallas_kernels.xla import grouped_gemm as xla_grouped_gemm
 
@@ -95,3 +97,43 @@ def grouped_gemm(x_MK: jax.Array, w_GKN: jax.Array, group_m: jax.Array, used: ja
       "ragged_dot": lambda: reference.ragged_dot(*args),
       "reference": lambda: reference.grouped_gemm(*args),
   }, auto=("xla",))
+
+
+def fp8_gemm(a_MK: Scaled, b_KN: Scaled, *, impl: str = "auto") -> jax.Array:
+  """`a @ b` of quantized operands, promoted to fp32: Fprop and Dgrad. fp32 [M, N].
+
+  Args:
+    a_MK: activations or gradients, a scale a row and tile of K.
+    b_KN: a weight (for Dgrad: its transpose), a scale a block.
+    impl: auto, xla, reference.
+  """
+  return _dispatch("fp8_gemm", impl, {
+      "xla": lambda: xla_fp8_gemm.gemm(a_MK, b_KN),
+      "reference": lambda: reference.fp8_gemm(a_MK, b_KN),
+  }, auto=("xla",))
+
+
+def fp8_wgrad(x_MK: Scaled, dy_MN: Scaled, *, impl: str = "auto") -> jax.Array:
+  """`x^T dy` of operands with scales along the tokens: Wgrad. fp32 [K, N]."""
+  return _dispatch("fp8_wgrad", impl, {
+      "xla": lambda: xla_fp8_gemm.wgrad(x_MK, dy_MN),
+      "reference": lambda: reference.fp8_gemm(
+          Scaled(x_MK.codes.T, None if x_MK.scales is None else x_MK.scales.T, x_MK.tile[::-1]),
+          dy_MN),
+  }, auto=("xla",))
+
+
+def fp8_grouped_gemm(x_MK: Scaled, w_GKN: Scaled, group_m: jax.Array, used: jax.Array, *,
+                     impl: str = "auto") -> jax.Array:
+  """`grouped_gemm` of quantized operands, fp32 [M, N]; `impl` as there."""
+  return grouped_gemm(scaled.dequantize(x_MK), scaled.dequantize(w_GKN), group_m, used, impl=impl)
+
+
+def fp8_grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax.Array,
+                      groups: int, *, impl: str = "auto") -> jax.Array:
+  """The weight gradient of `fp8_grouped_gemm`, fp32 [G, K, N]: a sum over each group's blocks."""
+  x_MK, dy_MN = scaled.dequantize(x_MK), scaled.dequantize(dy_MN)
+  w_GKN = vma.zeros((groups, x_MK.shape[1], dy_MN.shape[1]), x_MK.dtype, x_MK, dy_MN, group_m)
+  # The product is linear in the weights, so its pullback needs none: these zeros are never read.
+  _, pull = jax.vjp(lambda w: grouped_gemm(x_MK, w, group_m, used, impl=impl), w_GKN)
+  return pull(dy_MN)[0]

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import scaled
+
 
 def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
               segments_BT: jax.Array | None = None) -> jax.Array:
@@ -39,3 +41,19 @@ def ragged_dot(x_MK: jax.Array, w_GKN: jax.Array, group_m: jax.Array, used: jax.
   in_use = jnp.arange(group_m.shape[0]) < used
   sizes_G = jnp.zeros((w_GKN.shape[0],), jnp.int32).at[group_m].add(in_use * block)
   return lax.ragged_dot(x_MK, w_GKN, sizes_G, preferred_element_type=jnp.float32).astype(x_MK.dtype)
+
+
+def fp8_gemm(a_MK: scaled.Scaled, b_KN: scaled.Scaled) -> jax.Array:
+  """The product of the dequantized operands, fp32."""
+
+  def values(x):
+    found = x.codes.astype(jnp.float32)
+    if x.scales is None:
+      return found
+    for axis in (0, 1):
+      size = found.shape[axis]
+      index = jnp.arange(size) // (x.tile[axis] or size)
+      x = x._replace(scales=jnp.take(x.scales, index, axis=axis))
+    return found * x.scales
+
+  return jnp.dot(values(a_MK), values(b_KN), precision=lax.Precision.HIGHEST)

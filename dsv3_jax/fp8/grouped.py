@@ -1,0 +1,223 @@
+"""Routed experts under a recipe: FP8 dispatch, grouped matmuls, their derivatives (report 3.3).
+
+The order of one layer's operations is that of the report's training trace:
+
+    forward    x --1x128, powers of two--> x_q        quantized before it is sent, once a token
+               rows of x_q in expert order            a quarter of bf16's bytes travel
+               Fprop of gate and up; both kept in FP8
+               h = gate_m * silu(g) * u               routing weight before the down-projection
+               h --1x128--> Fprop of down; sum of each token's rows, in the compute dtype
+
+    backward   dy --1x128, powers of two--> dy_q      sent like the activations
+               Dgrad of down; h computed again from the kept FP8 inputs; Wgrad of down
+               dg, du --1x128--> Dgrad, --128x1--> Wgrad; sum of each token's rows
+
+What is kept is x_q of the P tokens, not of their M = P * A and more rows: the rows are gathered
+again, bytes that a single device copies faster than it could write and read them.
+
+A tile along the tokens (128x1, 128x128) must not mix experts, since their sums are different ones.
+Experts start at whole blocks of rows (`model.moe.plan`), so a tile of t rows becomes one of
+gcd(t, block) rows: with blocks of 128 the report's, with smaller blocks (few tokens an expert)
+smaller tiles, whose scales fit at least as well.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax import ops
+from dsv3_jax.fp8 import accumulate
+from dsv3_jax.fp8.linear import again, gradient, measured, same_form, scaled, shell
+from dsv3_jax.fp8.qtensor import QTensor
+from dsv3_jax.fp8.recipe import Operand, Recipe
+from dsv3_jax.fp8.weights import Held, Weight, bare, hold, quantized, value
+
+
+def experts(x_PD: jax.Array, gate_PA: jax.Array, w_gate, w_up, w_down, plan: Any, recipe: Recipe,
+            impl: str = "auto") -> jax.Array:
+  """Sum over each token's experts of gate * FFN(x), [P, D] in the dtype of `x_PD`.
+
+  Args:
+    x_PD: tokens.
+    gate_PA: fp32 routing weights.
+    w_gate, w_up: [E, D, F]; w_down: [E, F, D]; prepared or plain.
+    plan: `model.moe.Plan`.
+    recipe: formats of all operands.
+    impl: of `ops.grouped_gemm`.
+  """
+  ws = tuple(w if isinstance(w, Weight) else bare(w, 1, 1) for w in (w_gate, w_up, w_down))
+  return _experts(recipe, impl, x_PD, gate_PA, ws, plan)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def _take(x: jax.Array, index_M: jax.Array) -> jax.Array:
+  return jnp.take(x, index_M, axis=0, mode="fill", fill_value=0)
+
+
+def spread(held: Held, plan: Any) -> Held:
+  """Rows of a [P, D] operand in expert order, [M, D]; padding rows are zero.
+
+  A tile of several tokens becomes rows that carry that tile's scale.
+  """
+  token_M = plan.pair_M // plan.row_PA.shape[1]
+  if not isinstance(held, QTensor):
+    return _take(held, token_M)
+  codes = lax.bitcast_convert_type(_take(lax.bitcast_convert_type(held.codes, jnp.uint8), token_M),
+                                   held.codes.dtype)
+  rows, columns = held.tile
+  if not rows:
+    return dataclasses.replace(held, codes=codes)
+  return dataclasses.replace(held, codes=codes, scales=_take(held.scales, token_M // rows),
+                             tile=(1, columns))
+
+
+def collect(y_MD: jax.Array, plan: Any, dtype) -> jax.Array:
+  """Sums each token's rows in fp32: [M, D] to [P, D]."""
+  return jnp.take(y_MD, plan.row_PA, axis=0).astype(jnp.float32).sum(1).astype(dtype)
+
+
+def within(operand: Operand, plan: Any) -> Operand:
+  """The operand with tiles that end where an expert may; see the module docstring."""
+  rows, columns = operand.tile
+  if operand.format is None or rows < 2:
+    return operand
+  block = plan.pair_M.shape[0] // plan.group_m.shape[0]
+  return dataclasses.replace(operand, tile=(math.gcd(rows, block), columns))
+
+
+# --- matmuls ------------------------------------------------------------------------------------
+
+
+def _blocks(held: Held, count: int) -> Held:
+  """[M, K] as [count, M / count, K], tiles of a row or of the whole."""
+  def cut(x):
+    return x.reshape(count, -1, x.shape[-1])
+
+  if not isinstance(held, QTensor):
+    return cut(held)
+  if held.tile[0]:
+    return dataclasses.replace(held, codes=cut(held.codes), scales=cut(held.scales))
+  scales = jnp.broadcast_to(held.scales, (count, *held.scales.shape))
+  return dataclasses.replace(held, codes=cut(held.codes), scales=scales)
+
+
+def _emulated(a: Held, b: Held, recipe: Recipe) -> jax.Array:
+  (a, scale_a, tile_a), (b, scale_b, tile_b) = scaled(a), scaled(b)
+  return accumulate.matmul(a, b, interval=recipe.interval, bits=recipe.bits, scale_a=scale_a,
+                           tile_a=tile_a, scale_b=scale_b, tile_b=tile_b)
+
+
+def gemm(x_MK: Held, w_GKN: Held, plan: Any, recipe: Recipe, impl: str) -> jax.Array:
+  """`y[block] = x[block] @ w[group of block]`, fp32 [M, N]; zeros beyond the blocks in use."""
+  if not recipe.bits:
+    return ops.fp8_grouped_gemm(scaled(x_MK), scaled(w_GKN), plan.group_m, plan.used, impl=impl)
+  blocks = plan.group_m.shape[0]
+  y_mbN = lax.map(lambda z: _emulated(z[0], jax.tree.map(lambda w: w[z[1]], w_GKN), recipe),
+                  (_blocks(x_MK, blocks), plan.group_m))
+  y_mbN = jnp.where((jnp.arange(blocks) < plan.used)[:, None, None], y_mbN, 0)
+  return y_mbN.reshape(-1, y_mbN.shape[-1])
+
+
+def wgrad(x_MK: Held, dy_MN: Held, plan: Any, groups: int, recipe: Recipe, impl: str) -> jax.Array:
+  """`dw[g] = sum over the blocks of g of x^T dy`, fp32 [G, K, N].
+
+  With an emulated tensor core every block ends in a promotion, whatever the interval.
+  """
+  if not recipe.bits:
+    return ops.fp8_grouped_wgrad(scaled(x_MK), scaled(dy_MN), plan.group_m, plan.used, groups,
+                                 impl=impl)
+  blocks = plan.group_m.shape[0]
+  parts = lax.map(lambda z: _emulated(z[0].mT, z[1], recipe),
+                  (_blocks(x_MK, blocks), _blocks(dy_MN, blocks)))
+  parts = jnp.where((jnp.arange(blocks) < plan.used)[:, None, None], parts, 0)
+  return jax.ops.segment_sum(parts, plan.group_m, groups)
+
+
+# --- the layer ----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _experts(recipe, impl, x_PD, gate_PA, ws, plan):
+  return _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, transposed=False)[0]
+
+
+def _gates(gate_PA, plan, dtype):
+  return _take(gate_PA.reshape(-1), plan.pair_M).astype(dtype)[:, None]
+
+
+def _hidden(gate_MF, up_MF, gate_M1):
+  return jax.nn.silu(gate_MF) * up_MF * gate_M1
+
+
+def _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, transposed=True):
+  dtype = x_PD.dtype
+  ws = tuple(quantized(w, recipe, transposed) for w in ws)
+  with jax.named_scope("dispatch"):
+    x, x_amax = measured(x_PD, recipe.dispatch_x, recipe.floor, ws[0], 0)
+    x = checkpoint_name(x, "dispatched")
+    x_rows, gate_M1 = spread(x, plan), _gates(gate_PA, plan, dtype)
+  with jax.named_scope("experts"):
+    gate_MF, up_MF = (gemm(x_rows, w.fprop, plan, recipe, impl).astype(dtype) for w in ws[:2])
+    caches = tuple(checkpoint_name(hold(z, within(recipe.swiglu_cache, plan), recipe.floor),
+                                   "expert_gate_up") for z in (gate_MF, up_MF))
+    h, h_amax = measured(_hidden(gate_MF, up_MF, gate_M1), within(recipe.fprop_x, plan),
+                         recipe.floor, ws[2], 0)
+    y_MD = gemm(h, ws[2].fprop, plan, recipe, impl)
+  with jax.named_scope("combine"):
+    y_PD = collect(y_MD.astype(dtype), plan, dtype)
+  return y_PD, (x, caches, gate_PA, x_amax, h_amax, tuple(shell(w) for w in ws), plan)
+
+
+def _backward(x: Held, was: Operand, dys, held, ws, plan, recipe, impl, groups):
+  """Dgrad and Wgrad of grouped layers that share their input; `held[i]` is dys[i] for Dgrad."""
+  x = again(x, was, within(recipe.wgrad_x, plan), recipe.floor)
+  dx_MK, dws = 0.0, []
+  for (dy, was_dy), dy_MN, w in zip(held, dys, ws, strict=True):
+    dx_MK += gemm(dy, w.dgrad, plan, recipe, impl)
+    if w.master is None:
+      dws.append(None)
+      continue
+    operand = within(recipe.wgrad_dy, plan)
+    if not same_form(was_dy, operand):
+      exact = value(dy) if dy_MN is None else dy_MN
+      dy = hold(exact, operand, recipe.gradient_floor)
+    dws.append(wgrad(x, dy, plan, groups, recipe, impl))
+  return dx_MK, dws
+
+
+def _experts_bwd(recipe, impl, residuals, dy_PD):
+  x, caches, gate_PA, x_amax, h_amax, ws, plan = residuals
+  dtype, E = dy_PD.dtype, ws[0].dgrad.shape[0]
+  args = (plan, recipe, impl, E)
+  with jax.named_scope("dispatch"):
+    dy, dy_amax = measured(dy_PD, recipe.dispatch_dy, recipe.gradient_floor, ws[2], 1)
+    dy, gate_M1 = spread(dy, plan), _gates(gate_PA, plan, dtype)
+  with jax.named_scope("experts"):
+    gate_MF, up_MF = (value(c).astype(dtype) for c in caches)
+    h_MF, pull = jax.vjp(_hidden, gate_MF, up_MF, gate_M1)
+    wgrad_x = within(recipe.wgrad_x, plan)
+    dh_MF, [dw_down] = _backward(hold(h_MF, wgrad_x, recipe.floor), wgrad_x, (None,),
+                                 ((dy, recipe.dispatch_dy),), ws[2:], *args)
+    *dys, dgate_M1 = pull(dh_MF.astype(dtype))
+    dgrad_dy = within(recipe.dgrad_dy, plan)
+    held, amaxes = zip(*(measured(d, dgrad_dy, recipe.gradient_floor, w, 1)
+                         for d, w in zip(dys, ws[:2], strict=True)), strict=True)
+    dx_MD, dws = _backward(spread(x, plan), recipe.dispatch_x, tuple(dys),
+                           tuple((d, dgrad_dy) for d in held), ws[:2], *args)
+  with jax.named_scope("combine"):
+    dx_PD = collect(dx_MD.astype(dtype), plan, dtype)
+    dgate_PA = dgate_M1[:, 0].astype(gate_PA.dtype)[plan.row_PA]
+  dws = tuple(gradient(w, dw, a, seen) for w, dw, a, seen in zip(
+      ws, (*dws, dw_down), (x_amax, x_amax, h_amax), (*amaxes, dy_amax), strict=True))
+  return dx_PD, dgate_PA, dws, None
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)

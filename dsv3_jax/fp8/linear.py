@@ -1,0 +1,263 @@
+"""FP8 linear layers and SwiGLU feed-forwards with their own derivatives (report 3.3).
+
+One layer, three matmuls. Under the recipe `v3`:
+
+    forward     x (bf16)   --1x128-->  x_q ----.
+                w (fp32)  --128x128->  w_q ----+--> Fprop --> y (bf16)
+                                       x_q is all that the backward pass keeps of x
+
+    backward    dy (bf16)  --1x128-->  dy_q ---.
+                                      w_q^T ---+--> Dgrad --> dx (bf16)
+                dy (bf16)  --128x1-->  dy_t ---.
+                x_q --read back, 128x1-> x_t --+--> Wgrad --> dw (fp32)
+
+Why the tiles turn. Scales have to be constant along the summed axis for the length of a promotion
+interval, so that each interval's partial sum can be multiplied by one number a row and one a
+column. Fprop sums over channels, so x has a scale for 128 channels of one token. Wgrad sums over
+tokens, so there both operands need a scale for 128 tokens of one channel. A weight block of 128x128
+serves Fprop and, transposed byte by byte, Dgrad. Blocks for activations would save the second
+quantization, but gradients differ so much between tokens that a block of 128 of them has no good
+scale; the report saw such a run diverge (appendix B.2, recipe `block_gradients`).
+
+What is saved. Residuals are the quantized operands: a byte an element and a scale a tile. A SwiGLU
+keeps its two inputs in FP8 and computes its output again (`feed_forward`, `grouped.experts`). The
+input of the projection after attention is kept with 6 mantissa bits (E5M6, 12 bits an element),
+because attention's own backward pass reads it too.
+
+Weights are `weights.Weight`s, quantized once an optimizer step; a plain array is quantized here.
+Several weights may share one input, which is then quantized and kept once. Derivatives with respect
+to weights are fp32 and go to the masters.
+
+The arithmetic is `ops.fp8_gemm` (fp32 sums), or `accumulate.matmul` where the recipe sets `bits`:
+then products are added as a tensor core of that width adds them, with a promotion to fp32 every
+`interval` values. Operands that a recipe leaves unquantized take the same paths.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax import ops
+from dsv3_jax.fp8 import accumulate
+from dsv3_jax.fp8.qtensor import QTensor
+from dsv3_jax.fp8.recipe import Operand, Recipe
+from dsv3_jax.fp8.weights import Held, Weight, bare, hold, quantized, value
+
+Scaled = ops.Scaled
+
+
+class Site(NamedTuple):
+  """What is particular to one place in the model (static)."""
+
+  x: Operand  # of Fprop
+  cache: Operand  # what is kept of the input
+  name: str = ""  # checkpoint name of what is kept
+
+
+# --- operands -----------------------------------------------------------------------------------
+
+
+def scaled(x: Held) -> Scaled:
+  """As kernels take it."""
+  if isinstance(x, QTensor):
+    return Scaled(x.codes, x.scale_values(), x.tile)
+  return Scaled(x)
+
+
+def same_form(x: Operand, y: Operand) -> bool:
+  """Whether an operand held as `x` serves as `y` (only its scales may be of another kind)."""
+  return (x.format, x.tile, x.dtype) == (y.format, y.tile, y.dtype)
+
+
+def again(held: Held, was: Operand, operand: Operand, floor: float, dtype=jnp.float32) -> Held:
+  """What is held as `was`, held as `operand`: read back and quantized in other tiles."""
+  if same_form(was, operand):
+    return held
+  return hold(value(held).astype(dtype if operand.format is None else jnp.float32), operand, floor)
+
+
+def measured(x: jax.Array, operand: Operand, floor: float, w: Weight, slot: int
+             ) -> tuple[Held, jax.Array | None]:
+  """`x` as the operand says, and its amax where a history is kept.
+
+  A delayed amax is `w.amax[slot]`, or the present one until the history has any.
+  """
+  if not operand.delayed:
+    return hold(x, operand, floor), None
+  found = jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0.0)
+  if w.amax is None:
+    return hold(x, operand, floor), None
+  assumed = jnp.where(w.amax[slot] > 0, w.amax[slot], found)
+  return hold(x, operand, floor, assumed), found
+
+
+# --- matmuls ------------------------------------------------------------------------------------
+
+
+def gemm(a_MK: Held, b_KN: Held, recipe: Recipe) -> jax.Array:
+  """`a @ b`, fp32, as the recipe adds."""
+  if recipe.bits:
+    return emulated(a_MK, b_KN, recipe)
+  return ops.fp8_gemm(scaled(a_MK), scaled(b_KN))
+
+
+def wgrad(x_MK: Held, dy_MN: Held, recipe: Recipe) -> jax.Array:
+  """`x^T dy`, fp32."""
+  if recipe.bits:
+    return emulated(x_MK.mT, dy_MN, recipe)
+  return ops.fp8_wgrad(scaled(x_MK), scaled(dy_MN))
+
+
+def emulated(a_MK: Held, b_KN: Held, recipe: Recipe) -> jax.Array:
+  """`a @ b` on the emulated tensor core."""
+  (a, scale_a, tile_a), (b, scale_b, tile_b) = scaled(a_MK), scaled(b_KN)
+  return accumulate.matmul(a, b, interval=recipe.interval, bits=recipe.bits, scale_a=scale_a,
+                           tile_a=tile_a, scale_b=scale_b, tile_b=tile_b)
+
+
+# --- one layer ----------------------------------------------------------------------------------
+
+
+def linear(x: jax.Array, ws: tuple[Weight | jax.Array, ...], recipe: Recipe, inner: int = 1,
+           site: Site | None = None) -> tuple[jax.Array, ...]:
+  """`x @ w` for each of the weights.
+
+  Args:
+    x: [..., *I].
+    ws: [*I, *O] each, prepared or plain.
+    recipe: formats of all operands.
+    inner: number of axes I.
+    site: None: an ordinary layer.
+
+  Returns:
+    [..., *O] each, in the dtype of `x`.
+  """
+  ws = tuple(w if isinstance(w, Weight) else bare(w, inner) for w in ws)
+  for w in ws:
+    if w.inputs != x.shape[x.ndim - inner:]:
+      raise ValueError(f"a weight with inputs {w.inputs} cannot multiply x of shape {x.shape}")
+  site = site or Site(recipe.fprop_x, recipe.fprop_x)
+  x_MK = x.reshape(-1, math.prod(x.shape[x.ndim - inner:]))
+  ys = _linear(recipe, site, x_MK, ws)
+  return tuple(y.reshape(*x.shape[:x.ndim - inner], *w.outputs)
+               for y, w in zip(ys, ws, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear(recipe, site, x_MK, ws):
+  return _linear_fwd(recipe, site, x_MK, ws, transposed=False)[0]
+
+
+def _linear_fwd(recipe, site, x_MK, ws, transposed=True):
+  x, found = measured(x_MK, site.x, recipe.floor, ws[0], 0)
+  ws = tuple(quantized(w, recipe, transposed) for w in ws)
+  ys = tuple(gemm(x, w.fprop, recipe).astype(x_MK.dtype) for w in ws)
+  kept = x if same_form(site.x, site.cache) else hold(x_MK, site.cache, recipe.floor)
+  if site.name:
+    kept = checkpoint_name(kept, site.name)
+  return ys, (kept, found, tuple(shell(w) for w in ws))
+
+
+def _linear_bwd(recipe, site, residuals, dys):
+  kept, found, ws = residuals
+  dx_MK, dws = backward(kept, site.cache, dys, ws, recipe)
+  dws = tuple(gradient(w, dw, found, seen) for w, (dw, seen) in zip(ws, dws, strict=True))
+  return dx_MK, dws
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def shell(w: Weight) -> Weight:
+  """What the backward pass needs of a weight: Dgrad's operand, and of the master its dtype."""
+  master = None if w.master is None else jnp.zeros((0,), w.master.dtype)
+  return Weight(master, None, w.dgrad, w.amax, w.inputs, w.outputs)
+
+
+def backward(kept: Held, was: Operand, dys: tuple[jax.Array, ...], ws: tuple[Weight, ...],
+             recipe: Recipe) -> tuple[jax.Array, list[tuple[jax.Array | None, jax.Array | None]]]:
+  """Dgrad and Wgrad of layers that share their input.
+
+  Args:
+    kept: the input, held as `was`.
+    dys: [M, N] each.
+    ws: from `shell`.
+
+  Returns:
+    dx [M, K] in the dtype of `dys`; for each weight its fp32 gradient [K, N] (None without a
+    master) and the amax of its dy (None without a history).
+  """
+  dx_MK, found = 0.0, []
+  x = again(kept, was, recipe.wgrad_x, recipe.floor)
+  for dy_MN, w in zip(dys, ws, strict=True):
+    dy, seen = measured(dy_MN, recipe.dgrad_dy, recipe.gradient_floor, w, 1)
+    dx_MK += gemm(dy, w.dgrad, recipe)
+    dw_KN = None
+    if w.master is not None:
+      if not same_form(recipe.dgrad_dy, recipe.wgrad_dy):
+        dy = hold(dy_MN, recipe.wgrad_dy, recipe.gradient_floor)
+      dw_KN = wgrad(x, dy, recipe)
+    found.append((dw_KN, seen))
+  return dx_MK.astype(dys[0].dtype), found
+
+
+def gradient(w: Weight, dw: jax.Array | None, x_amax: jax.Array | None,
+             dy_amax: jax.Array | None) -> Weight | None:
+  """The cotangent of a weight: its master's gradient, and what its history should record."""
+  if w.master is not None:
+    lead = dw.shape[:dw.ndim - 2]
+    dw = dw.reshape(*lead, *w.inputs, *w.outputs).astype(w.master.dtype)
+  amax = None
+  if w.amax is not None:
+    zero = jnp.zeros_like(w.amax[0])
+    amax = jnp.stack([zero if a is None else a for a in (x_amax, dy_amax)])
+  return Weight(dw, None, None, amax, w.inputs, w.outputs)
+
+
+# --- SwiGLU -------------------------------------------------------------------------------------
+
+
+def feed_forward(x: jax.Array, w_gate, w_up, w_down, recipe: Recipe) -> jax.Array:
+  """`(silu(x w_gate) * (x w_up)) w_down`, [..., D] to [..., D]; weights prepared or plain.
+
+  Kept for the backward pass: the quantized x, and the SwiGLU's two inputs as `swiglu_cache` says.
+  """
+  ws = tuple(w if isinstance(w, Weight) else bare(w, 1) for w in (w_gate, w_up, w_down))
+  return _feed_forward(recipe, x.reshape(-1, x.shape[-1]), ws).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _feed_forward(recipe, x_PD, ws):
+  return _feed_forward_fwd(recipe, x_PD, ws, transposed=False)[0]
+
+
+def _feed_forward_fwd(recipe, x_PD, ws, transposed=True):
+  ws = tuple(quantized(w, recipe, transposed) for w in ws)
+  x, x_amax = measured(x_PD, recipe.fprop_x, recipe.floor, ws[0], 0)
+  gate_PF, up_PF = (gemm(x, w.fprop, recipe).astype(x_PD.dtype) for w in ws[:2])
+  caches = tuple(checkpoint_name(hold(z, recipe.swiglu_cache, recipe.floor), name)
+                 for z, name in ((gate_PF, "ffn_gate"), (up_PF, "ffn_up")))
+  h, h_amax = measured(jax.nn.silu(gate_PF) * up_PF, recipe.fprop_x, recipe.floor, ws[2], 0)
+  y_PD = gemm(h, ws[2].fprop, recipe).astype(x_PD.dtype)
+  return y_PD, (x, caches, x_amax, h_amax, tuple(shell(w) for w in ws))
+
+
+def _feed_forward_bwd(recipe, residuals, dy_PD):
+  x, caches, x_amax, h_amax, ws = residuals
+  dtype = dy_PD.dtype
+  gate_PF, up_PF = (value(c).astype(dtype) for c in caches)
+  h_PF, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_PF, up_PF)
+  h = hold(h_PF, recipe.wgrad_x, recipe.floor)
+  dh_PF, [down] = backward(h, recipe.wgrad_x, (dy_PD,), ws[2:], recipe)
+  dx_PD, found = backward(x, recipe.fprop_x, pull(dh_PF), ws[:2], recipe)
+  amaxes = (x_amax, x_amax, h_amax)
+  dws = tuple(gradient(w, dw, a, seen)
+              for w, a, (dw, seen) in zip(ws, amaxes, (*found, down), strict=True))
+  return dx_PD, dws
+
+
+_feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
