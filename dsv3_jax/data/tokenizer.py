@@ -115,14 +115,13 @@ class Tokenizer:
           f"model.vocab_size to at least {self.vocab_size}, or take a smaller tokenizer")
 
     from_unicode = {c: b for b, c in _byte_alphabet().items()}
-    self._bytes = [b""] * self.vocab_size
+    rows = max(vocab_size, self.vocab_size)
+    self._bytes = [b""] * rows
     for token, i in vocabulary.items():
       # A plain token is spelt in the byte alphabet; an added one is spelt as it is.
       plain = token not in added and all(c in from_unicode for c in token)
       self._bytes[i] = bytes(from_unicode[c] for c in token) if plain else token.encode()
-    rows = max(vocab_size, self.vocab_size)
-    self.token_bytes_V = np.zeros(rows, np.int32)
-    self.token_bytes_V[:self.vocab_size] = [len(b) for b in self._bytes]
+    self.token_bytes_V = np.array([len(b) for b in self._bytes], np.int32)
     self.token_bytes_V[list(added.values())] = 0
 
   @classmethod
@@ -152,7 +151,7 @@ class Tokenizer:
     return [e.ids for e in encodings]
 
   def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-    """The bytes that ids stand for; special tokens in their spelling."""
+    """The bytes that ids stand for; special tokens in their spelling, padding ids nothing."""
     return b"".join([self._bytes[t] for t in np.asarray(tokens, np.int64).tolist()])
 
   def decode(self, tokens: Iterable[int]) -> str:

@@ -375,10 +375,15 @@ class _Trainer:
   def _samples(self, text: bytes) -> list[dict[str, Any]]:
     one = jax.local_devices()[0]
     params, buffers = jax.device_put((self.state.params, self.state.buffers), one)
-    sampler = sample_lib.make_sampler(self.graphdef, self.cfg.runtime)
-    return sample_lib.report_samples(sampler, params, buffers, self.corpus.tokenizer, text,
-                                     self.cfg.data.sequence_length, self.cfg.train.sample_tokens,
-                                     self.cfg.train.seed)
+    tokenizer = self.corpus.tokenizer
+    sampler = sample_lib.make_sampler(self.graphdef, self.cfg.runtime, tokenizer.vocab_size)
+    try:
+      return sample_lib.report_samples(sampler, params, buffers, tokenizer, text,
+                                       self.cfg.data.sequence_length,
+                                       self.cfg.train.sample_tokens, self.cfg.train.seed)
+    except Exception as e:  # the training is done: its summary and report are worth more
+      self.ui.note(f"no samples: {type(e).__name__}: {e}")
+      return []
 
   def close(self) -> None:
     with contextlib.suppress(CheckpointError):  # raised where it was waited for, or less urgent

@@ -15,12 +15,13 @@ from flax import nnx
 from dsv3_jax import config
 
 
-def make_sampler(graphdef: nnx.GraphDef, runtime: config.Runtime) -> Callable:
+def make_sampler(graphdef: nnx.GraphDef, runtime: config.Runtime, vocab_size: int = 0) -> Callable:
   """`sample(params, buffers, tokens_BT, length_B, steps, temperature, key)`.
 
   The compiled function appends `steps` tokens (a dynamic number) to each row of tokens_BT, whose
   first length_B entries are the prompt, and returns the filled tokens_BT. temperature 0 takes the
   most likely token. Rows draw from their own keys, so a row does not depend on its neighbours.
+  Ids from `vocab_size` on, which pad the model's vocabulary, are never taken; 0: there are none.
   """
 
   @jax.jit
@@ -34,6 +35,8 @@ def make_sampler(graphdef: nnx.GraphDef, runtime: config.Runtime) -> Callable:
       hidden = model.hidden(model.embed(tokens_BT, runtime), runtime=runtime)
       last_B1D = jnp.take_along_axis(hidden.h_BTD, (position_B - 1)[:, None, None], axis=1)
       logits_BV = model.logits(last_B1D)[:, 0]
+      if vocab_size:
+        logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < vocab_size, logits_BV, -jnp.inf)
       greedy_B = jnp.argmax(logits_BV, axis=-1)
       draw = lambda key, logits_V: jax.random.categorical(
           jax.random.fold_in(key, i), logits_V / jnp.maximum(temperature, 1e-6))

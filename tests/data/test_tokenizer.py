@@ -76,6 +76,7 @@ def test_padded_vocabulary_has_byte_counts_for_every_row(tokenizer):
   padded = Tokenizer(tokenizer.to_json(), vocab_size=500)
   expected = [0 if i < 8 else len(tokenizer.decode_bytes([i])) for i in range(420)] + [0] * 80
   assert padded.token_bytes_V.tolist() == expected and padded.token_bytes_V.dtype == np.int32
+  assert padded.decode([*padded.encode("text"), 420, 499]) == "text"
 
 
 def test_every_combined_token_is_cut_between_punctuation_and_line_breaks(tokenizer, texts):

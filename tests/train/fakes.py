@@ -24,6 +24,7 @@ def small_config(**changes) -> config.Config:
 
 class FakeTokenizer:
   bos, eos, pad, fim_begin, fim_hole, fim_end = range(6)
+  vocab_size = VOCABULARY
   token_bytes_V = np.where(np.arange(VOCABULARY) < 6, 0, 1)
 
   def encode(self, text: str) -> list[int]:

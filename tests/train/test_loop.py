@@ -94,6 +94,23 @@ def test_a_finished_run_is_left_alone(whole, config, tmp_path):
   assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_samples_that_fail_cost_no_summary(whole, config, tmp_path, monkeypatch):
+  """Oracle: the summary of the run without samples; the note says why there are none."""
+  def fail(*args):
+    raise IndexError("list index out of range")
+
+  folder = tmp_path / "copy"
+  shutil.copytree(whole, folder)
+  (folder / "summary.json").unlink()
+  monkeypatch.setattr(loop.sample_lib, "report_samples", fail)
+  ui = Notes()
+  result = _run(config_lib.replace(config, **{"train.sample_tokens": 4}), folder, ui)
+  expected = json.loads((whole / "summary.json").read_text())["final"]
+  assert result.summary["samples"] == [] and result.summary["final"] == expected
+  assert (folder / "summary.json").exists()
+  assert "no samples: IndexError: list index out of range" in ui.notes
+
+
 def test_a_signal_saves_and_the_run_goes_on(whole, config, tmp_path):
   """Oracle: the uninterrupted run, bit for bit, after SIGTERM between two checkpoints."""
   ui = Interrupt(5)

@@ -38,6 +38,7 @@ def test_greedy_is_the_rollout():
   """Oracle: forward passes over growing unpadded prompts, arg max of the last position."""
   _, params, buffers = _model()
   got = sample.generate(_sampler(), params, buffers, PROMPTS, 3, length=12)
+  assert [len(new) for new in got] == [3, 3, 3]
   for prompt, new in zip(PROMPTS[:2], got, strict=False):
     tokens = list(prompt)
     for expected in new[:2]:
@@ -53,6 +54,20 @@ def test_temperature_draws_from_the_softmax():
   counts = np.bincount([n[0] for n in new], minlength=64) / 4096
   np.testing.assert_allclose(counts, jax.nn.softmax(_logits([5, 9, 11]) / 2.0), atol=0.035)
   assert (counts > 0).sum() > 3
+
+
+def test_padding_ids_are_never_drawn():
+  """Oracle: the plain forward pass's arg max among the tokenizer's ids; draws stay among them."""
+  graphdef, params, buffers = _model()
+  logits_V = np.asarray(_logits([5, 9, 11]))
+  size = int(logits_V.argmax())  # the most likely id is the first that pads
+  assert size > 1
+  sampler = sample.make_sampler(graphdef, CFG.runtime, size)
+  draw = lambda prompts, temperature: sample.generate(sampler, params, buffers, prompts, 1,
+                                                      temperature, length=4)
+  assert draw([[5, 9, 11]], 0.0) == [[int(logits_V[:size].argmax())]]
+  drawn = draw([[5, 9, 11]] * 512, 50.0)
+  assert 0 <= min(drawn)[0] and max(drawn)[0] < size and len(set(map(tuple, drawn))) > 1
 
 
 def test_rows_seeds_and_stops():
