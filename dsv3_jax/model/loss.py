@@ -101,7 +101,8 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
     total += loss.sequence_balance * balance
     total += loss.batch_balance * s.batch_balance.sum() * share
     total += loss.expert_balance * s.expert_balance.sum() * share
-  counts_LE = hidden.stats.counts_E if hidden.stats is not None else jnp.zeros((0, 0))
+  counts_LE = jnp.zeros((0, model.cfg.moe.experts)) if hidden.stats is None else (
+      hidden.stats.counts_E)
   return total, jax.lax.stop_gradient({
       "loss_sum": sums[0], "mtp_loss_sum": jnp.stack(sums[1:]) if K else jnp.zeros((0,)),
       "tokens": predicted[0][1].sum(),

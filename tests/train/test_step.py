@@ -161,6 +161,18 @@ def test_a_bad_step_changes_nothing_but_counters(poison):
   assert changed > 1e-4  # it goes on learning
 
 
+def test_a_model_without_experts_learns():
+  """Law: the same batch again costs less; the routing statistics are of no layer."""
+  cfg = config.replace(CFG.model, dense_layers=CFG.model.layers, mtp_depth=0)
+  build = lambda: state.build_model(cfg, 0)
+  batch = {"tokens": _tokens((1, 4, 17))}
+  first, third = (_one_step(batch, build=build, loss_fn=step.loss_lib.loss_fn, steps=n)
+                  for n in (1, 3))
+  assert third[1]["loss"] < first[1]["loss"] - 0.01 and not third[1]["bad"]
+  assert third[1]["max_vio_L"].shape == (0,) and third[1]["mtp_loss"].shape == (0,)
+  assert third[0].buffers == {}
+
+
 def test_the_real_model_on_devices():
   """Law: the model on 4 devices, and in padded micro-batches, equals one device; counts exactly."""
   build = lambda: state.build_model(CFG.model, 0)
