@@ -80,8 +80,9 @@ class Corpus:
 
     Returns:
       A list of {"tokens": int32 [B, S], "mask": int8 [B, S], and with isolation "segments": int32
-      [B, S]}. mask is 1 where a token is a target that counts, so that sums over batches meet each
-      held-out token once; what fills up the last batch has mask 0, token pad and segment -1.
+      [B, S], otherwise "valid": int8 [B, S]}. mask is 1 where a token is a target that counts, so
+      that sums over batches meet each held-out token once; what fills up the last batch has mask 0,
+      token pad, segment -1 and valid 0.
     """
     length = self._data.sequence_length + 1
     rows = []
@@ -101,8 +102,9 @@ class Corpus:
     batches = []
     for i in range(0, len(rows), batch_size):
       tokens, mask, segments = (np.stack(x) for x in zip(*rows[i:i + batch_size], strict=True))
-      batch = {"tokens": tokens, "mask": mask}
-      batches.append(batch | {"segments": segments} if self._data.isolate else batch)
+      apart = ({"segments": segments} if self._data.isolate else
+               {"valid": (segments >= 0).astype(np.int8)})
+      batches.append({"tokens": tokens, "mask": mask, **apart})
     return batches
 
   def validation_text(self, limit_bytes: int = 0) -> bytes:

@@ -15,6 +15,16 @@ from dsv3_jax.model import cross_entropy
 from dsv3_jax.model.transformer import Transformer, shift
 
 
+def not_padding(batch: dict[str, jax.Array]) -> jax.Array:
+  """fp32 [B, T + 1], 1 where a token is text: it may be masked as a target and count all the same.
+
+  Segments of -1 are padding; a batch without segments may say "valid" instead.
+  """
+  if "segments" in batch:
+    return (batch["segments"] >= 0).astype(jnp.float32)
+  return batch.get("valid", jnp.ones_like(batch["tokens"])).astype(jnp.float32)
+
+
 def targets(batch: dict[str, jax.Array], depth: int) -> tuple[jax.Array, jax.Array]:
   """Target and weight of each position at prediction depth `depth` (0: the next token).
 
@@ -22,7 +32,8 @@ def targets(batch: dict[str, jax.Array], depth: int) -> tuple[jax.Array, jax.Arr
   masked, is padding or lies in another segment than token i.
 
   Args:
-    batch: "tokens" int32 [B, T + 1], optionally "segments" int32 and "mask" of the same shape.
+    batch: "tokens" int32 [B, T + 1], optionally "segments" int32, "mask" and "valid" of the same
+      shape.
     depth: 0 for the main model, k for MTP depth k.
 
   Returns:
@@ -31,13 +42,13 @@ def targets(batch: dict[str, jax.Array], depth: int) -> tuple[jax.Array, jax.Arr
   tokens_BS = batch["tokens"]
   T, ahead = tokens_BS.shape[1] - 1, depth + 1
   exists_T = jnp.arange(T) + ahead <= T
-  weight_BT = jnp.broadcast_to(exists_T, (tokens_BS.shape[0], T)).astype(jnp.float32)
+  weight_BT = shift(not_padding(batch), ahead)[:, :T] * exists_T
   if "mask" in batch:
     weight_BT *= shift(batch["mask"], ahead)[:, :T].astype(jnp.float32)
   if "segments" in batch:
     segments_BS = batch["segments"]
     same = shift(segments_BS, ahead)[:, :T] == segments_BS[:, :T]
-    weight_BT *= same & (segments_BS[:, :T] >= 0)
+    weight_BT *= same
   return shift(tokens_BS, ahead)[:, :T], weight_BT
 
 
@@ -70,9 +81,7 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
   tokens_BS = batch["tokens"]
   T = tokens_BS.shape[1] - 1
   segments_BT = batch["segments"][:, :T] if "segments" in batch else None
-  valid_BT = jnp.ones((tokens_BS.shape[0], T), jnp.float32)
-  if segments_BT is not None:
-    valid_BT = (segments_BT >= 0).astype(jnp.float32)
+  valid_BT = not_padding(batch)[:, :T]
   predicted = [targets(batch, k) for k in range(K + 1)]
   # Statistics of an MTP depth count the positions whose target exists, masked or not.
   unmasked = {name: x for name, x in batch.items() if name != "mask"}

@@ -37,7 +37,7 @@ Batch = dict[str, jax.Array]
 def _target_tokens(batch: Batch, micros: Any, axes: tuple[str, ...], shards: int) -> jax.Array:
   """Target tokens of the global batch, fp32, given this shard's [A, B, T+1]."""
   _, B, S = batch["tokens"].shape
-  if "mask" not in batch and "segments" not in batch:
+  if batch.keys() == {"tokens"}:
     return jnp.asarray(micros * (B * (S - 1) * shards), jnp.float32)
   flat = {k: v.reshape(-1, S) for k, v in batch.items()}  # padding micro-batches weigh nothing
   targets = loss_lib.target_tokens(flat)

@@ -229,9 +229,9 @@ def test_validation_is_fixed_whole_and_unseen_in_training(
   for b in batches:
     assert b["tokens"].shape == b["mask"].shape == (4, 32) and b["mask"].dtype == np.int8
     assert not b["mask"][:, 0].any()
-    assert ("segments" in b) == isolate
-    if isolate:
-      assert ((b["segments"] < 0) <= (b["tokens"] == tokenizer.pad)).all()
+    assert ("segments" in b) == isolate == ("valid" not in b)
+    text = b["segments"] >= 0 if isolate else b["valid"] == 1
+    assert (text == (b["tokens"] != tokenizer.pad)).all()
   assert made.validation_text() == "".join(held).encode()
   assert made.validation_text(100) == "".join(held).encode()[:100]
   assert_dicts = zip(made.validation_batches(4, limit=2), batches[:2], strict=True)

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,34 @@ def test_six_tokens_with_padding(table):
   assert_close(aux["loss_sum"], (2 + 3 + 3) * ln2)
   assert_close(aux["mtp_loss_sum"], np.array([3 + 3, 3]) * ln2)
   assert aux["counts_LE"].sum(1).tolist() == [2 * CFG.moe.active, 1 * CFG.moe.active]
+
+
+def test_padding_counts_in_no_statistic():
+  """Law: rows of padding change nothing, and padding at a row's end is what segment -1 says; a
+  masked prompt counts as text."""
+  graphdef, params, buffers = small.split(small.build())
+  run = jit(lambda batch: loss_fn(
+      nnx.merge(graphdef, params, buffers), batch, loss=config.Loss(), mtp_weight=LAMBDA,
+      runtime=small.RUNTIME, denominator=1.0)[1])
+  keys = ("counts_LE", "loss_sum", "mtp_loss_sum", "tokens", "mtp_tokens", "correct")
+  pick = lambda aux: {k: aux[k] for k in keys}
+  tokens = small.tokens(3)
+  mask = np.ones((3, 9), np.int8)
+  mask[0, :5] = 0  # a prompt
+  padded = lambda x: np.concatenate([x, np.zeros((1, 9), x.dtype)])
+  rows = pick(run({"tokens": tokens, "mask": mask, "valid": np.ones_like(mask)}))
+  more = pick(run({"tokens": padded(tokens), "mask": padded(mask),
+                   "valid": padded(np.ones_like(mask))}))
+  chex.assert_trees_all_close(more, rows, rtol=1e-5)
+  A, L = CFG.moe.active, small.BASE.moe_layers
+  assert rows["counts_LE"].sum(1).tolist() == [3 * 8 * A] * L + [3 * 7 * A]
+  text = np.ones_like(mask)
+  text[2, 6:] = 0
+  ends = pick(run({"tokens": tokens, "mask": mask * text, "valid": text}))
+  segments = np.where(text, 0, -1).astype(np.int32)
+  expected = pick(run({"tokens": tokens, "mask": mask, "segments": segments}))
+  chex.assert_trees_all_close(ends, expected, rtol=1e-5)
+  assert ends["counts_LE"].sum(1).tolist() == [(3 * 8 - 2) * A] * L + [(3 * 7 - 3) * A]
 
 
 def test_targets():
