@@ -71,11 +71,10 @@ def batches(count: int = 8):
 
 def ours(shape: str, **runtime) -> tuple[Callable[[], float], Callable[[], str]]:
   """(one step that returns its loss, the compiled step's HLO text)."""
-  from dsv3_jax import config, host
-  host.keep_memory()  # as the trainer does; the peer, in this process too, gains from it likewise
   import jax
   import numpy as np
 
+  from dsv3_jax import config
   from dsv3_jax.train import optim, state, step
 
   cfg = config.Config(
@@ -207,7 +206,7 @@ def compare(shape: str, rounds: int, **runtime) -> list[common.Line]:
   mine, _ = ours(shape, **runtime)
   first = theirs(), mine()
   assert max(first) - min(first) < 1 and 7 < first[0] < 11, f"losses do not look alike: {first}"
-  times = common.alternate({"peer": theirs, "ours": mine, **peaks()}, rounds, warmup=2)
+  times = common.alternate({"peer": theirs, "ours": mine, **peaks()}, rounds, warmup=8)
   flops = model_flops(model_config(shape))
   rates = {name: 2 * PEAK_SIZE**3 / statistics.median(times[name])
            for name in ("matmul jax", "matmul torch")}
@@ -262,6 +261,8 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--hlo", metavar="FILE", help="with --profile: write the optimised HLO")
   args = parser.parse_args(argv)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  from dsv3_jax import host
+  host.keep_memory()  # as the trainer does, before any thread starts; the peer gains from it too
   runtime = _runtime(args.runtime)
   shapes = tuple(SHAPES) if args.shape == "both" else (args.shape,)
   if args.profile:
