@@ -203,11 +203,17 @@ def _export(workdir: Path, target: Path, args: argparse.Namespace) -> None:
 
 def _rewrite(source: Path, target: Path, args: argparse.Namespace) -> None:
   """A Hugging Face folder in another dtype: FP8 weights are dequantized, for example."""
-  from dsv3_jax.interop import huggingface
+  from dsv3_jax.interop import hf_config, huggingface, safetensors_files
 
-  model = huggingface.load(source, args.dtype or "bfloat16")
+  # One dtype that loses nothing; the tensors that are fp32 in any case have no say.
+  found = {stored.dtype.name for name, stored in safetensors_files.scan(source).items()
+           if not name.endswith(("_scale_inv", "e_score_correction_bias"))} - {"float8_e4m3fn"}
+  dtype = found.pop() if found in ({"bfloat16"}, {"float16"}) else "float32"
+  model = huggingface.load(source, args.dtype or dtype)
+  values = hf_config.read_json(source / "config.json")
   file = source / "tokenizer.json"
-  huggingface.save(model, target, tokenizer=file if file.is_file() else None)
+  huggingface.save(model, target, tokenizer=file if file.is_file() else None,
+                   bos_token_id=values.get("bos_token_id"), eos_token_id=values.get("eos_token_id"))
   print(target)
 
 

@@ -65,6 +65,20 @@ def test_a_folder_is_rewritten_in_another_dtype(workdir, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, _params(huggingface.load(half)), rounded)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rewritten_folder_keeps_dtype_and_token_ids(workdir, tmp_path, dtype):
+  """Oracle: the files of the source, byte for byte, and its config.json."""
+  source, again = tmp_path / "source", tmp_path / "again"
+  assert cli.run(["convert", str(workdir[0]), str(source), f"--dtype={dtype}"]) == 0
+  values = json.loads((source / "config.json").read_text())
+  values |= {"bos_token_id": 3, "eos_token_id": [4, 5]}
+  (source / "config.json").write_text(json.dumps(values))
+  assert cli.run(["convert", str(source), str(again), "--to=hf"]) == 0
+  assert json.loads((again / "config.json").read_text()) == values
+  name = "model.safetensors"
+  assert (again / name).read_bytes() == (source / name).read_bytes()
+
+
 def test_a_folder_becomes_a_workdir_and_a_folder_again(workdir, tmp_path):
   """Law: there and back changes no bit; the rest of the config is the experiment's."""
   folder, params = workdir
