@@ -4,9 +4,9 @@
     scale = amax / max of the format, or the next power of two above that
     code  = round(x / scale)
 
-The divisions are real ones, rounded once, as the released kernels do them; XLA would replace a
-division by a constant by a product with its rounded reciprocal (half of all scales then differ in
-the last bit), hence `_divide`. The maximum is taken over bit patterns: for magnitudes the order is
+The divisions are real ones, rounded once (see `_divide`): with products of rounded reciprocals,
+which XLA would put in their place, half of all scales differ in the last bit, and codes next to a
+tie become their neighbours. The maximum is taken over bit patterns: for magnitudes the order is
 the same, NaN is above everything, and XLA's own maximum on a CPU loses NaN.
 
 NaN and inf are never hidden. A tile that contains either has a scale that is not finite, so every
@@ -29,10 +29,15 @@ FLOOR = 1e-4  # smallest amax of the released quantizer
 SCALES = ("fp32", "pow2")
 
 
-def _divide(x: jax.Array, by: float) -> jax.Array:
-  """x / by rounded once, x not negative: the divisor is made to look like no constant to XLA."""
-  zero = formats.bits(x) >> 31 & 1  # the sign bit
-  return x / formats.from_bits(jnp.int32(np.float32(by).view(np.int32)) + zero)
+def _divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
+  """x / by rounded once.
+
+  The divisor is made to differ from element to element as far as XLA can tell, for it turns a
+  division by a constant or by something broadcast into a product with a rounded reciprocal.
+  """
+  by = formats.bits(jnp.asarray(by, jnp.float32))
+  zero = (formats.bits(x) & 0x7FFFFFFF) >> 31
+  return x / formats.from_bits(by + zero)
 
 
 def amax(x: jax.Array, tile: Tile) -> jax.Array:
@@ -96,7 +101,7 @@ def quantize(x: jax.Array, format: Format = formats.E4M3, tile: Tile | None = (1
   else:
     found = scales(jnp.broadcast_to(amax, scales_shape(x.shape, tile)), format, scale, floor)
   multiplier = formats.decode_pow2(found) if scale == "pow2" else found
-  y = join(split(x, tile) / split(multiplier, (1,) * len(tile)), x.shape, tile)
+  y = join(_divide(split(x, tile), split(multiplier, (1,) * len(tile))), x.shape, tile)
   if amax is not None:  # a quotient may overflow to inf though its numerator is finite
     y = jnp.where(jnp.isfinite(x), jnp.clip(y, -format.max, format.max), np.float32(np.nan))
   noise = None if key is None else jax.random.bits(key, x.shape, jnp.uint32)
