@@ -120,8 +120,8 @@ def accumulation(bits: Sequence[int] = BITS, intervals: Sequence[int] = INTERVAL
     for truncation in accumulate.TRUNCATIONS:
       for interval in (0, 128):
         y = _matmul(a, b, interval, accumulate.HOPPER_BITS, truncation)
-        report.append({"draw": draw, "truncation": truncation, "interval": interval,
-                       **errors(y, true)})
+        report.append({"draw": draw, "truncation": truncation, "K": 4096, "interval": interval,
+                       "bits": accumulate.HOPPER_BITS, **errors(y, true)})
   for draw in ("normal", "codes"):
     pair = [codes(draw, (ROWS**2, accumulate.STEP), seed + i) for i in (2, 3)]
     exact += [{"draw": draw, "bits": width, **exact_sums(*pair, width)} for width in WIDTHS]
