@@ -76,11 +76,13 @@ class RunResult:
 
 
 class _Signals(contextlib.AbstractContextManager):
-  """SIGINT and SIGTERM ask for an orderly end; a second one ends the process at once."""
+  """SIGINT and SIGTERM ask for an orderly end; a second one ends the process at once.
 
-  def __init__(self, ui: metrics_lib.Silent):
+  The handler may interrupt a write to the terminal, so it writes nothing itself: the loop does.
+  """
+
+  def __init__(self):
     self.received: int | None = None
-    self._ui = ui
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> "_Signals":
@@ -97,8 +99,6 @@ class _Signals(contextlib.AbstractContextManager):
     if self.received is not None:
       os._exit(128 + number)
     self.received = number
-    self._ui.note(f"{signal.Signals(number).name}: finishing the step and saving; a second signal "
-                  "ends the run at once, without saving")
 
 
 def use_compilation_cache() -> None:
@@ -317,6 +317,9 @@ class _Trainer:
             if saving:
               self.save()
           last = time.perf_counter()
+      if signals.received is not None and self.step < total:
+        self.ui.note(f"{signal.Signals(signals.received).name}: finishing the step and saving; a "
+                     "second signal ends the run at once, without saving")
       drain()
     self.save()
     self.checkpoints.wait()
@@ -468,7 +471,7 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
       ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
               f"{trainer.schedule.total_steps:,} steps of {config.data.batch_size} x "
               f"{config.data.sequence_length} tokens, {_device()}")
-      with _Signals(ui) as signals:
+      with _Signals() as signals:
         trainer.train(signals)
         received = signals.received
       finished = trainer.step >= trainer.schedule.total_steps

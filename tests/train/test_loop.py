@@ -3,7 +3,6 @@
 import errno
 import gzip
 import json
-import os
 import random
 import shutil
 import signal
@@ -17,48 +16,12 @@ import pytest
 from dsv3_jax import config as config_lib
 from dsv3_jax import train
 from dsv3_jax.train import checkpoint, loop, metrics, schedules, workdir
-from tests.train import fakes
-
-
-def _records(folder) -> list[dict]:
-  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if k != "time"} for row in rows]
-
-
-def _assert_same_run(a, b) -> None:
-  """The same metrics (wall-clock apart) and the same final state, bit for bit."""
-  assert _records(a) == _records(b)
-  stores = [checkpoint.load_params(str(f)) + checkpoint.load_params(str(f), ema=True)[:1]
-            for f in (a, b)]
-  (params_a, buffers_a, meta_a, ema_a), (params_b, buffers_b, meta_b, ema_b) = stores
-  assert (meta_a["step"], meta_a["tokens"], meta_a["iterator"]) == (
-      meta_b["step"], meta_b["tokens"], meta_b["iterator"])
-  for x, y in zip(jax.tree.leaves((params_a, buffers_a, ema_a)),
-                  jax.tree.leaves((params_b, buffers_b, ema_b)), strict=True):
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
-def _run(config, folder, ui=None) -> train.RunResult:
-  return train.run(config, str(folder), ui=ui or metrics.Silent(), corpus=fakes.FakeCorpus(config))
-
-
-class Interrupt(metrics.Silent):
-  """Sends this process a signal when the numbers of a step appear; keeps the notes."""
-
-  def __init__(self, step: int, number: int = signal.SIGTERM):
-    self._step, self._number, self.notes = step, number, []
-
-  def note(self, text: str) -> None:
-    self.notes.append(text)
-
-  def progress(self, line: str, done: float) -> None:
-    if line.startswith(f"step {self._step}/"):
-      os.kill(os.getpid(), self._number)
+from tests.train import runs
 
 
 def test_a_finished_run(whole, config):
   """Oracle: the schedules and counts by hand; learning; what the workdir should hold."""
-  rows = _records(whole)
+  rows = runs.records(whole)
   steps = [r for r in rows if r["kind"] == "train"]
   assert [r["step"] for r in steps] == list(range(1, 13))
   assert [r["tokens"] for r in steps] == [64 * i for i in range(1, 13)]
@@ -88,7 +51,7 @@ def test_a_finished_run_is_left_alone(whole, config, tmp_path):
   folder = tmp_path / "copy"
   shutil.copytree(whole, folder)
   before = (folder / "metrics.jsonl").read_bytes()
-  result = _run(config, folder)
+  result = runs.run(config, folder)
   assert result.finished and result.step == 12 and result.tokens == 768
   assert result.summary == json.loads((whole / "summary.json").read_text())
   assert (folder / "metrics.jsonl").read_bytes() == before
@@ -103,8 +66,8 @@ def test_samples_that_fail_cost_no_summary(whole, config, tmp_path, monkeypatch)
   shutil.copytree(whole, folder)
   (folder / "summary.json").unlink()
   monkeypatch.setattr(loop.sample_lib, "report_samples", fail)
-  ui = Notes()
-  result = _run(config_lib.replace(config, **{"train.sample_tokens": 4}), folder, ui)
+  ui = runs.Notes()
+  result = runs.run(config_lib.replace(config, **{"train.sample_tokens": 4}), folder, ui)
   expected = json.loads((whole / "summary.json").read_text())["final"]
   assert result.summary["samples"] == [] and result.summary["final"] == expected
   assert (folder / "summary.json").exists()
@@ -113,9 +76,9 @@ def test_samples_that_fail_cost_no_summary(whole, config, tmp_path, monkeypatch)
 
 def test_a_signal_saves_and_the_run_goes_on(whole, config, tmp_path):
   """Oracle: the uninterrupted run, bit for bit, after SIGTERM between two checkpoints."""
-  ui = Interrupt(5)
+  ui = runs.Interrupt(5)
   handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-  result = _run(config, tmp_path, ui)
+  result = runs.run(config, tmp_path, ui)
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
   assert not result.finished and result.exit_code == 143 and 5 <= result.step <= 7
   assert checkpoint.load_params(str(tmp_path))[2]["step"] == result.step
@@ -124,9 +87,9 @@ def test_a_signal_saves_and_the_run_goes_on(whole, config, tmp_path):
   # Lines from after the checkpoint, as a run that went on and died would leave.
   with open(tmp_path / "metrics.jsonl", "a") as f:
     f.write(json.dumps({"kind": "train", "step": 11, "loss": 0.0}) + '\n{"kind": "tr')
-  result = _run(config, tmp_path)
+  result = runs.run(config, tmp_path)
   assert result.finished and result.exit_code == 0
-  _assert_same_run(whole, tmp_path)
+  runs.assert_same(whole, tmp_path)
 
 
 @pytest.mark.timeout(120)  # four processes' worth of start-up; 20 s on two free cores
@@ -140,9 +103,9 @@ def test_kill_9_three_times(whole, config, cache_dir, tmp_path):
   done = subprocess.run([*command, *map(str, steps)], capture_output=True, text=True)
   lines = done.stdout.splitlines()
   assert len(lines) == 3 and all(line.endswith("SIGKILL") for line in lines), (lines, done.stderr)
-  result = _run(config, folder)
+  result = runs.run(config, folder)
   assert result.finished, lines
-  _assert_same_run(whole, folder)
+  runs.assert_same(whole, folder)
 
 
 def test_diverged(config, tmp_path, monkeypatch):
@@ -163,8 +126,8 @@ def test_diverged(config, tmp_path, monkeypatch):
 
   monkeypatch.setattr(loop.step_lib, "make_train_step", poisoned)
   with pytest.raises(train.loop.DivergedError, match=r"step 9.* 3 steps in a row.*step 4 is whole"):
-    _run(config, tmp_path)
-  steps = [r for r in _records(tmp_path) if r["kind"] == "train"]
+    runs.run(config, tmp_path)
+  steps = [r for r in runs.records(tmp_path) if r["kind"] == "train"]
   assert [r["bad_steps"] for r in steps] == [0] * 6 + [1, 2]
   assert steps[-1]["grad_norm"] is None
 
@@ -177,17 +140,7 @@ def test_a_full_disk_for_the_metrics(config, tmp_path, monkeypatch):
 
   monkeypatch.setattr(metrics.JsonLines, "write", full)
   with pytest.raises(checkpoint.CheckpointError, match="is full; free some space"):
-    _run(config, tmp_path)
-
-
-class Notes(metrics.Silent):
-  """Keeps what is said."""
-
-  def __init__(self):
-    self.notes = []
-
-  def note(self, text: str) -> None:
-    self.notes.append(text)
+    runs.run(config, tmp_path)
 
 
 def test_profile(config, tmp_path):
@@ -196,8 +149,8 @@ def test_profile(config, tmp_path):
   config = config_lib.replace(config, **{
       "train.profile_from": 2, "train.profile_steps": 2, "train.tokens": 64 * 5,
       "train.eval_every": 0})
-  ui = Notes()
-  _run(config, tmp_path, ui)
+  ui = runs.Notes()
+  runs.run(config, tmp_path, ui)
   assert any(f"profile up to step 3 is in {tmp_path / 'profile'}" in n for n in ui.notes)
   (trace,) = tmp_path.glob("profile/**/*.trace.json.gz")
   events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
@@ -207,9 +160,9 @@ def test_profile(config, tmp_path):
 
 def test_profile_of_steps_that_never_come_is_said(config, tmp_path):
   """Oracle: the note, for steps beyond the end and behind a resumed run; nothing is captured."""
-  for first, ui in ((6, Interrupt(2)), (1, Notes())):
+  for first, ui in ((6, runs.Interrupt(2)), (1, runs.Notes())):
     changes = {"train.tokens": 64 * 5, "train.eval_every": 0, "train.profile_from": first}
-    _run(config_lib.replace(config, **changes), tmp_path, ui)
+    runs.run(config_lib.replace(config, **changes), tmp_path, ui)
     assert any(f"train.profile_from={first} is not among the steps to come, " in n and
                "to 5" in n for n in ui.notes)
   assert not (tmp_path / "profile").exists()
@@ -220,7 +173,7 @@ def test_another_config_is_refused(whole, config):
   other = config_lib.replace(config, **{"optim.lr": 0.5})
   before = (whole / "config.json").read_bytes()
   with pytest.raises(workdir.WorkdirError, match=r"optim.lr: 0.01 there, 0.5 now"):
-    _run(other, whole)
+    runs.run(other, whole)
   assert (whole / "config.json").read_bytes() == before
 
 
@@ -230,8 +183,8 @@ def test_ramp_mesh_and_samples(config, tmp_path):
       "data.batch_size": 8, "data.batch_start": 2, "data.microbatch": 2,
       "data.batch_ramp_until": 0.5, "data.batch_ramp_stages": 3, "runtime.mesh.data": 2,
       "train.sample_tokens": 4})
-  result = _run(config, tmp_path)
-  sizes = [r["batch_size"] for r in _records(tmp_path) if r["kind"] == "train"]
+  result = runs.run(config, tmp_path)
+  sizes = [r["batch_size"] for r in runs.records(tmp_path) if r["kind"] == "train"]
   assert sizes == sorted(sizes) and set(sizes) == {2, 4, 6, 8}
   kinds = [s["kind"] for s in result.summary["samples"]]
   assert kinds == ["completion", "infill"] * 2
