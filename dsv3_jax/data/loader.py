@@ -18,6 +18,10 @@ care: the state of the iterator is the position of the last micro-batch that was
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -215,7 +219,7 @@ class TrainIterator:
       rows = Rows(self._recipe, lanes[i:j], self._positions)
       if workers:
         rows = rows.mp_prefetch(grain.MultiprocessingOptions(
-            num_workers=1, per_worker_buffer_size=max(1, depth)))
+            num_workers=1, per_worker_buffer_size=max(1, depth)), worker_init_fn=_outlive_signals)
       elif depth:
         rows = grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=depth)
       self._feeds.append(iter(rows))
@@ -290,6 +294,23 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       raise ValueError("the states come from different runs or steps")
   first["lanes"] = {lane: p for state in states for lane, p in state["lanes"].items()}
   return first
+
+
+def _outlive_signals(index: int, count: int) -> None:
+  """In a worker: leaves signals to the parent, which still wants batches to end in order.
+
+  A terminal's Ctrl-C and a batch system's SIGTERM go to all processes of a group. `close` ends a
+  worker by other means; where the parent dies without it, the worker leaves too.
+  """
+  del index, count
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+
+  def leave_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _accept_grain_flags() -> None:

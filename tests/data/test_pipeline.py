@@ -4,6 +4,10 @@ import itertools
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -148,6 +152,43 @@ def test_batches_do_not_depend_on_workers_and_prefetch(corpus):
   with contextlib.closing(corpus(**data).train_iterator(constant)) as processes:
     processes.set_state(state)
     assert_equal(take(processes, 20), rest)
+
+
+@pytest.mark.timeout(60)
+def test_workers_outlive_signals_and_not_their_parent(corpus, workdir):
+  """Oracle: the processes themselves, after a terminal's and a batch system's signals to the whole
+  group, and after SIGKILL to the parent alone."""
+  made = corpus(workers=2, prefetch=1)
+  with open(os.path.join(workdir, "feeding.json"), "w") as f:
+    json.dump(dataclasses.asdict(made._data), f)
+  parent = subprocess.Popen([sys.executable, "-m", "tests.data.feeding", workdir], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+  try:
+    assert parent.stdout.readline() == "ready\n"
+    os.killpg(parent.pid, signal.SIGINT)
+    os.killpg(parent.pid, signal.SIGTERM)
+    parent.stdin.write("go on\n")
+    parent.stdin.flush()
+    done, *workers = parent.stdout.readline().split()
+    assert done == "done" and len(workers) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(map(_alive, workers)):
+      assert time.monotonic() < deadline, "a worker goes on without its parent"
+      time.sleep(0.05)
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(parent.pid, signal.SIGKILL)
+
+
+def _alive(pid: str) -> bool:
+  """Whether a process runs; one that nobody waited for (a zombie) does not."""
+  try:
+    with open(f"/proc/{pid}/stat") as f:
+      return f.read().rpartition(")")[2].split()[0] != "Z"
+  except FileNotFoundError:
+    return False
 
 
 def test_processes_share_the_rows_and_restart_in_another_number(corpus):
