@@ -4,8 +4,10 @@ The full model and the report's own settings: 14.8T tokens, batch 3072 -> 15360 
 LR 2.2e-4 -> 2.2e-5 -> 7.3e-6, gamma 0.001 -> 0, lambda 0.3 -> 0.1, FIM 0.1, both moments in bf16.
 What the report does not disclose is chosen here and marked so.
 
-Run:      dsv3 train --config=experiments/v3_671b.py --workdir=runs/v3 (on a cluster; nothing less)
-          dsv3 train --config=experiments/v3_671b.py --print-config    (anywhere)
+Status:   the settings, not yet a way to run them. Devices are used along the batch alone
+          (`runtime.mesh.data`, in one process, parameters on each device); expert and pipeline
+          parallelism and several processes are to come.
+Run:      dsv3 train --config=experiments/v3_671b.py --print-config
 Data:     `dsv3 tokenize --out=corpus ...` first, with a vocabulary of at most 129,280
 Cost:     2.664M H800 GPU-hours in the report (54 days of 2,048)
 Expected: the tests hold 671,026,419,200 parameters, and 11,610,068,224 of MTP, to this file
@@ -26,7 +28,7 @@ def get_config() -> Config:
       data=Data(
           sources=("shards:corpus",), tokenizer="corpus/tokenizer.json",
           sequence_length=4096, batch_size=15360, batch_start=3072,
-          microbatch=128,  # one sequence for each of 2048 / 16 pipelines: 24 -> 120 micro-batches
+          microbatch=128,  # as of 2048 / 16 pipelines, a sequence each: 24 -> 120 micro-batches
           split_rate=0.1,  # not disclosed
           workers=8, prefetch=16),
       train=Train(tokens=14.8e12, log_every=10, eval_every=1000, checkpoint_every=500,

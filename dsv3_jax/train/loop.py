@@ -450,12 +450,16 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
 
   Raises:
     WorkdirError: the workdir cannot be written, is in use, or was made by another config.
-    ConfigError: the data or the mesh cannot be had.
+    ConfigError: the data or the mesh cannot be had, or there are several jax processes.
     CheckpointError: a checkpoint could not be written, or none that is there is whole.
     DivergedError: train.max_bad_steps steps in a row were not finite.
   """
-  host.keep_memory()
+  host.keep_memory()  # before the first question to jax
   use_compilation_cache()
+  if jax.process_count() > 1:
+    raise config_lib.ConfigError(
+        f"{jax.process_count()} processes: training runs in one process with the devices it sees "
+        "(runtime.mesh.data); several processes are not wired up yet")
   ui = metrics_lib.terminal() if ui is None else ui
   trainer = None
   try:
