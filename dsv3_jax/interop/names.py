@@ -34,6 +34,7 @@ class Slot:
   transpose: bool = False  # [out, in] there, [in, out] here
   rotated: int = 0  # trailing numbers of our last axis that RoPE turns
   float32: bool = False  # stored in fp32 whatever the dtype of the rest
+  quantized: bool = False  # in FP8, where the folder is
 
   def read(self, array: np.ndarray, targets: list[np.ndarray], *, half_split: bool) -> None:
     """Copies the checkpoint's `array` into `targets`, one view a part.
@@ -66,7 +67,7 @@ def _attention(cfg: config.Model, name: str, path: Path, index: tuple[int, ...])
 
   def linear(key: str, out: int, width: int, leaf: str, rotated: int = 0) -> Slot:
     return Slot(f"{name}{key}.weight", (out, width), (Part((*path, leaf), index),),
-                transpose=True, rotated=rotated)
+                transpose=True, rotated=rotated, quantized=True)
 
   def gain(key: str, size: int, leaf: str) -> Slot:
     return Slot(f"{name}{key}.weight", (size,), (Part((*path, leaf), index),))
@@ -88,9 +89,9 @@ def _ffn(cfg: config.Model, name: str, path: Path, index: tuple[int, ...], width
   """gate, up and down of one SwiGLU; `axes` are the suffixes of our parameters."""
   for key, leaf in (("gate_proj", f"w_gate_{axes[0]}"), ("up_proj", f"w_up_{axes[0]}")):
     yield Slot(f"{name}{key}.weight", (width, cfg.dim), (Part((*path, leaf), index),),
-               transpose=True)
+               transpose=True, quantized=True)
   yield Slot(f"{name}down_proj.weight", (cfg.dim, width),
-             (Part((*path, f"w_down_{axes[1]}"), index),), transpose=True)
+             (Part((*path, f"w_down_{axes[1]}"), index),), transpose=True, quantized=True)
 
 
 def _block(cfg: config.Model, name: str, path: Path, layer: int, dense: bool) -> Iterator[Slot]:

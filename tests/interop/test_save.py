@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
-from dsv3_jax.interop import huggingface, names
+from dsv3_jax.interop import huggingface, names, safetensors_files
 from dsv3_jax.model.transformer import Transformer
 from tests.interop import oracle
 
@@ -70,7 +70,7 @@ def test_names_and_shapes(tmp_path):
   model = make()
   huggingface.save(model, tmp_path / "m")
   c = json.loads((tmp_path / "m/config.json").read_text())
-  stored = huggingface.safetensors_files.scan(tmp_path / "m")
+  stored = safetensors_files.scan(tmp_path / "m")
   assert {name: entry.shape for name, entry in stored.items()} == oracle.shapes(c)
   assert c["architectures"] == ["DeepseekV3ForCausalLM"]
   head = stored["model.layers.3.shared_head.head.weight"].read()
@@ -84,7 +84,7 @@ def test_shards(tmp_path):
   limit = 12_000
   huggingface.save(make(), tmp_path / "m", max_shard_bytes=limit)
   weight_map = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())["weight_map"]
-  stored = huggingface.safetensors_files.scan(tmp_path / "m")
+  stored = safetensors_files.scan(tmp_path / "m")
   assert weight_map.keys() == stored.keys()
   sizes = {}
   for entry in stored.values():
@@ -109,7 +109,7 @@ def test_dtype(tmp_path):
 def test_all_or_nothing(tmp_path, monkeypatch):
   """Oracle: the folder listing after a failure in the last shard: nothing of it is left."""
   model, calls = make(), []
-  real = huggingface.safetensors_files.safetensors_numpy.save_file
+  real = safetensors_files.safetensors_numpy.save_file
 
   def fails_third(*args, **kwargs):
     calls.append(args)
@@ -117,7 +117,7 @@ def test_all_or_nothing(tmp_path, monkeypatch):
       raise OSError("disk full")
     real(*args, **kwargs)
 
-  monkeypatch.setattr(huggingface.safetensors_files.safetensors_numpy, "save_file", fails_third)
+  monkeypatch.setattr(safetensors_files.safetensors_numpy, "save_file", fails_third)
   with pytest.raises(OSError, match="disk full"):
     huggingface.save(model, tmp_path / "m", max_shard_bytes=20_000)
   assert len(calls) == 3 and not any(tmp_path.iterdir())
