@@ -29,11 +29,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import ops
 from dsv3_jax.fp8 import accumulate
-from dsv3_jax.fp8.linear import again, gradient, measured, same_form, scaled, shell
+from dsv3_jax.fp8.linear import again, gradient, load, measured, same_form, save, scaled, shell
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.fp8.recipe import Operand, Recipe
 from dsv3_jax.fp8.weights import Held, Weight, bare, hold, quantized, value
@@ -162,18 +161,18 @@ def _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, transposed=True):
   ws = tuple(quantized(w, recipe, transposed) for w in ws)
   with jax.named_scope("dispatch"):
     x, x_amax = measured(x_PD, recipe.dispatch_x, recipe.floor, ws[0], 0)
-    x = checkpoint_name(x, "dispatched")
+    kept = save(x, "dispatched")
     x_rows, gate_M1 = spread(x, plan), _gates(gate_PA, plan, dtype)
   with jax.named_scope("experts"):
     gate_MF, up_MF = (gemm(x_rows, w.fprop, plan, recipe, impl).astype(dtype) for w in ws[:2])
-    caches = tuple(checkpoint_name(hold(z, within(recipe.swiglu_cache, plan), recipe.floor),
-                                   "expert_gate_up") for z in (gate_MF, up_MF))
+    caches = tuple(save(hold(z, within(recipe.swiglu_cache, plan), recipe.floor), "expert_gate_up")
+                   for z in (gate_MF, up_MF))
     h, h_amax = measured(_hidden(gate_MF, up_MF, gate_M1), within(recipe.fprop_x, plan),
                          recipe.floor, ws[2], 0)
     y_MD = gemm(h, ws[2].fprop, plan, recipe, impl)
   with jax.named_scope("combine"):
     y_PD = collect(y_MD.astype(dtype), plan, dtype)
-  return y_PD, (x, caches, gate_PA, x_amax, h_amax, tuple(shell(w) for w in ws), plan)
+  return y_PD, (kept, caches, gate_PA, x_amax, h_amax, tuple(shell(w) for w in ws), plan)
 
 
 def _backward(x: Held, was: Operand, dys, held, ws, plan, recipe, impl, groups):
@@ -181,7 +180,7 @@ def _backward(x: Held, was: Operand, dys, held, ws, plan, recipe, impl, groups):
   x = again(x, was, within(recipe.wgrad_x, plan), recipe.floor)
   dx_MK, dws = 0.0, []
   for (dy, was_dy), dy_MN, w in zip(held, dys, ws, strict=True):
-    dx_MK += gemm(dy, w.dgrad, plan, recipe, impl)
+    dx_MK += gemm(dy, load(w.dgrad), plan, recipe, impl)
     if w.master is None:
       dws.append(None)
       continue
@@ -194,14 +193,14 @@ def _backward(x: Held, was: Operand, dys, held, ws, plan, recipe, impl, groups):
 
 
 def _experts_bwd(recipe, impl, residuals, dy_PD):
-  x, caches, gate_PA, x_amax, h_amax, ws, plan = residuals
+  kept, caches, gate_PA, x_amax, h_amax, ws, plan = residuals
   dtype, E = dy_PD.dtype, ws[0].dgrad.shape[0]
   args = (plan, recipe, impl, E)
   with jax.named_scope("dispatch"):
     dy, dy_amax = measured(dy_PD, recipe.dispatch_dy, recipe.gradient_floor, ws[2], 1)
     dy, gate_M1 = spread(dy, plan), _gates(gate_PA, plan, dtype)
   with jax.named_scope("experts"):
-    gate_MF, up_MF = (value(c).astype(dtype) for c in caches)
+    gate_MF, up_MF = (value(load(c)).astype(dtype) for c in caches)
     h_MF, pull = jax.vjp(_hidden, gate_MF, up_MF, gate_M1)
     wgrad_x = within(recipe.wgrad_x, plan)
     dh_MF, [dw_down] = _backward(hold(h_MF, wgrad_x, recipe.floor), wgrad_x, (None,),
@@ -210,7 +209,7 @@ def _experts_bwd(recipe, impl, residuals, dy_PD):
     dgrad_dy = within(recipe.dgrad_dy, plan)
     held, amaxes = zip(*(measured(d, dgrad_dy, recipe.gradient_floor, w, 1)
                          for d, w in zip(dys, ws[:2], strict=True)), strict=True)
-    dx_MD, dws = _backward(spread(x, plan), recipe.dispatch_x, tuple(dys),
+    dx_MD, dws = _backward(spread(load(kept), plan), recipe.dispatch_x, tuple(dys),
                            tuple((d, dgrad_dy) for d in held), ws[:2], *args)
   with jax.named_scope("combine"):
     dx_PD = collect(dx_MD.astype(dtype), plan, dtype)

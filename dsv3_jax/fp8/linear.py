@@ -157,14 +157,12 @@ def _linear_fwd(recipe, site, x_MK, ws, transposed=True):
   ws = tuple(quantized(w, recipe, transposed) for w in ws)
   ys = tuple(gemm(x, w.fprop, recipe).astype(x_MK.dtype) for w in ws)
   kept = x if same_form(site.x, site.cache) else hold(x_MK, site.cache, recipe.floor)
-  if site.name:
-    kept = checkpoint_name(kept, site.name)
-  return ys, (kept, found, tuple(shell(w) for w in ws))
+  return ys, (save(kept, site.name), found, tuple(shell(w) for w in ws))
 
 
 def _linear_bwd(recipe, site, residuals, dys):
   kept, found, ws = residuals
-  dx_MK, dws = backward(kept, site.cache, dys, ws, recipe)
+  dx_MK, dws = backward(load(kept), site.cache, dys, ws, recipe)
   dws = tuple(gradient(w, dw, found, seen) for w, (dw, seen) in zip(ws, dws, strict=True))
   return dx_MK, dws
 
@@ -172,10 +170,21 @@ def _linear_bwd(recipe, site, residuals, dys):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
+def save(held: Held, name: str = "") -> Held:
+  """What is held as a residual, under a checkpoint name; read it with `load`."""
+  held = held.raw() if isinstance(held, QTensor) else held
+  return checkpoint_name(held, name) if name else held
+
+
+def load(saved: Held) -> Held:
+  """Inverse of `save`."""
+  return saved.typed() if isinstance(saved, QTensor) else saved
+
+
 def shell(w: Weight) -> Weight:
   """What the backward pass needs of a weight: Dgrad's operand, and of the master its dtype."""
   master = None if w.master is None else jnp.zeros((0,), w.master.dtype)
-  return Weight(master, None, w.dgrad, w.amax, w.inputs, w.outputs)
+  return Weight(master, None, save(w.dgrad), w.amax, w.inputs, w.outputs)
 
 
 def backward(kept: Held, was: Operand, dys: tuple[jax.Array, ...], ws: tuple[Weight, ...],
@@ -195,7 +204,7 @@ def backward(kept: Held, was: Operand, dys: tuple[jax.Array, ...], ws: tuple[Wei
   x = again(kept, was, recipe.wgrad_x, recipe.floor)
   for dy_MN, w in zip(dys, ws, strict=True):
     dy, seen = measured(dy_MN, recipe.dgrad_dy, recipe.gradient_floor, w, 1)
-    dx_MK += gemm(dy, w.dgrad, recipe)
+    dx_MK += gemm(dy, load(w.dgrad), recipe)
     dw_KN = None
     if w.master is not None:
       if not same_form(recipe.dgrad_dy, recipe.wgrad_dy):
@@ -239,21 +248,21 @@ def _feed_forward_fwd(recipe, x_PD, ws, transposed=True):
   ws = tuple(quantized(w, recipe, transposed) for w in ws)
   x, x_amax = measured(x_PD, recipe.fprop_x, recipe.floor, ws[0], 0)
   gate_PF, up_PF = (gemm(x, w.fprop, recipe).astype(x_PD.dtype) for w in ws[:2])
-  caches = tuple(checkpoint_name(hold(z, recipe.swiglu_cache, recipe.floor), name)
+  caches = tuple(save(hold(z, recipe.swiglu_cache, recipe.floor), name)
                  for z, name in ((gate_PF, "ffn_gate"), (up_PF, "ffn_up")))
   h, h_amax = measured(jax.nn.silu(gate_PF) * up_PF, recipe.fprop_x, recipe.floor, ws[2], 0)
   y_PD = gemm(h, ws[2].fprop, recipe).astype(x_PD.dtype)
-  return y_PD, (x, caches, x_amax, h_amax, tuple(shell(w) for w in ws))
+  return y_PD, (save(x), caches, x_amax, h_amax, tuple(shell(w) for w in ws))
 
 
 def _feed_forward_bwd(recipe, residuals, dy_PD):
   x, caches, x_amax, h_amax, ws = residuals
   dtype = dy_PD.dtype
-  gate_PF, up_PF = (value(c).astype(dtype) for c in caches)
+  gate_PF, up_PF = (value(load(c)).astype(dtype) for c in caches)
   h_PF, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_PF, up_PF)
   h = hold(h_PF, recipe.wgrad_x, recipe.floor)
   dh_PF, [down] = backward(h, recipe.wgrad_x, (dy_PD,), ws[2:], recipe)
-  dx_PD, found = backward(x, recipe.fprop_x, pull(dh_PF), ws[:2], recipe)
+  dx_PD, found = backward(load(x), recipe.fprop_x, pull(dh_PF), ws[:2], recipe)
   amaxes = (x_amax, x_amax, h_amax)
   dws = tuple(gradient(w, dw, a, seen)
               for w, a, (dw, seen) in zip(ws, amaxes, (*found, down), strict=True))

@@ -110,6 +110,19 @@ class QTensor:
     """As `jax.Array.mT`."""
     return self.transpose()
 
+  def raw(self) -> "QTensor":
+    """The same bytes as uint8; only `typed` can be called on it.
+
+    For residuals: jax.checkpoint passes what it saves through `reduce_precision` of the dtype's
+    exponent and mantissa bits, which takes e4m3fn for an IEEE format and turns 256 and more to inf.
+    """
+    return dataclasses.replace(self, codes=jax.lax.bitcast_convert_type(self.codes, jnp.uint8))
+
+  def typed(self) -> "QTensor":
+    """Inverse of `raw`."""
+    codes = jax.lax.bitcast_convert_type(self.codes, jnp.dtype(self.format.dtype))
+    return dataclasses.replace(self, codes=codes)
+
   def __getitem__(self, key) -> "QTensor":
     """Indexes the stacking axes; `[...]` is the whole, as nnx variables read their values."""
     if key is Ellipsis:

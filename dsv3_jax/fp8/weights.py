@@ -144,3 +144,13 @@ def with_masters(prepared: Any, params: Any, amax: Any = None) -> Any:
 def value(held: Held) -> jax.Array:
   """fp32 values of an operand."""
   return held.dequantize() if isinstance(held, QTensor) else held.astype(jnp.float32)
+
+
+def plain(w: Weight | jax.Array, dtype) -> jax.Array:
+  """The weight as an ordinary array, for code outside any recipe."""
+  if not isinstance(w, Weight):
+    return w.astype(dtype)
+  if w.fprop is None:
+    return w.master.astype(dtype)
+  lead = w.fprop.shape[:-2]
+  return value(w.fprop).astype(dtype).reshape(*lead, *w.inputs, *w.outputs)

@@ -45,7 +45,7 @@ class Block(nnx.Module):
     if self.is_moe:
       y_BTD, stats = self.ffn(h_BTD, call.moe)
       return x_BTD + y_BTD, stats
-    return x_BTD + self.ffn(h_BTD), None
+    return x_BTD + self.ffn(h_BTD, call.moe.recipe), None
 
 
 def stack(make, count: int, rngs: nnx.Rngs):

@@ -13,6 +13,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import ops
+from dsv3_jax.fp8 import linear as fp8_linear
+from dsv3_jax.fp8 import weights
+from dsv3_jax.fp8.recipe import Recipe
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype) -> nnx.Param:
@@ -41,11 +44,15 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
   return (x32 * inverse).astype(x.dtype) * gain.astype(x.dtype)
 
 
-def linear(x: jax.Array, w: jax.Array, inner: int = 1) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | weights.Weight, inner: int = 1,
+           recipe: Recipe | None = None, site: fp8_linear.Site | None = None) -> jax.Array:
   """Contracts the last `inner` axes of x with the first of w: [..., *I] and [*I, *O] to [..., *O].
 
-  The weight is cast to the dtype of `x`, which is the dtype of the result.
+  Without a recipe the weight is cast to the dtype of `x`, which is the dtype of the result.
   """
+  if recipe is not None:
+    return fp8_linear.linear(x, (w,), recipe, inner, site)[0]
+  w = weights.plain(w, x.dtype)
   width = math.prod(w.shape[:inner])
   y = ops.gemm(x.reshape(-1, width), w.astype(x.dtype).reshape(width, -1))
   return y.reshape(*x.shape[:x.ndim - inner], *w.shape[inner:])
@@ -64,9 +71,12 @@ class DenseFFN(nnx.Module):
     self.w_up_DF = normal_param(rngs, (dim, ffn_dim), std, dtype)
     self.w_down_FD = normal_param(rngs, (ffn_dim, dim), std, dtype)
 
-  def __call__(self, x_PD: jax.Array) -> jax.Array:
+  def __call__(self, x_PD: jax.Array, recipe: Recipe | None = None) -> jax.Array:
     """[P, D] to [P, D]."""
     with jax.named_scope("dense_ffn"):
+      if recipe is not None:
+        ws = self.w_gate_DF[...], self.w_up_DF[...], self.w_down_FD[...]
+        return fp8_linear.feed_forward(x_PD, *ws, recipe)
       gate_PF = checkpoint_name(linear(x_PD, self.w_gate_DF[...]), "ffn_gate")
       up_PF = checkpoint_name(linear(x_PD, self.w_up_DF[...]), "ffn_up")
       return linear(swiglu(gate_PF, up_PF), self.w_down_FD[...])

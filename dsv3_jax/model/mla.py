@@ -28,12 +28,25 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config, ops
+from dsv3_jax.fp8 import linear as fp8_linear
+from dsv3_jax.fp8 import weights
+from dsv3_jax.fp8.recipe import Recipe, resolve
 from dsv3_jax.model import layers, rope
 
 
-def _rotate_in_halves(w: jax.Array, keep: int) -> jax.Array:
+def _in_halves(w: jax.Array, keep: int) -> jax.Array:
   """Columns from `keep` on brought from pairs into halves; see `rope`."""
   return jnp.concatenate([w[..., :keep], rope.to_halves(w[..., keep:])], axis=-1)
+
+
+def _projected(x: jax.Array, ws, keeps: tuple[int, ...], recipe: Recipe | None
+               ) -> tuple[jax.Array, ...]:
+  """`x @ w` for each weight, the columns from its `keep` on in halves."""
+  if recipe is None:  # weights are fewer than what they make
+    return tuple(layers.linear(x, _in_halves(weights.plain(w, x.dtype), keep))
+                 for w, keep in zip(ws, keeps, strict=True))
+  ys = fp8_linear.linear(x, tuple(ws), recipe)  # their blocks stay as they are
+  return tuple(_in_halves(y, keep) for y, keep in zip(ys, keeps, strict=True))
 
 
 class MLA(nnx.Module):
@@ -54,32 +67,39 @@ class MLA(nnx.Module):
     self.w_ukv_CHW = layers.normal_param(rngs, (C, H, a.nope_dim + a.v_dim), std, dtype)
     self.w_o_HUD = layers.normal_param(rngs, (H, a.v_dim, D), std, dtype)
 
-  def queries(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Queries [B, T, H, K], the last R of each head rotated."""
+  def down(self, x_BTD: jax.Array, recipe: Recipe | None = None) -> tuple[jax.Array, jax.Array]:
+    """What is made of the block's input: query latent [B, T, Q] and key-value latent [B, T, Z].
+
+    Without a query latent the queries [B, T, H, K] are in its place. Rotary columns are in halves.
+    """
+    a = self.cfg
+    w, keep = ((self.w_dq_DQ[...], a.q_rank) if a.q_rank else (self.w_q_DHK[...], a.nope_dim))
+    first, z_BTZ = _projected(x_BTD, (w, self.w_dkv_DZ[...]), (keep, a.kv_rank), recipe)
+    return (checkpoint_name(first, "q_latent") if a.q_rank else first,
+            checkpoint_name(z_BTZ, "kv_latent"))
+
+  def queries(self, first: jax.Array, cos: jax.Array, sin: jax.Array,
+              recipe: Recipe | None = None) -> jax.Array:
+    """Queries [B, T, H, K], the last R of each head rotated, from the first result of `down`."""
     N = self.cfg.nope_dim
     if self.cfg.q_rank:
-      latent_BTQ = checkpoint_name(layers.linear(x_BTD, self.w_dq_DQ[...]), "q_latent")
-      x_BTD = layers.rms_norm(latent_BTQ, self.q_norm_Q[...], self.cfg.latent_norm_eps)
-      w_HK = self.w_uq_QHK[...]
-    else:
-      w_HK = self.w_q_DHK[...]
-    q_BTHK = layers.linear(x_BTD, _rotate_in_halves(w_HK.astype(x_BTD.dtype), N))
-    rotated = rope.apply_rope(q_BTHK[..., N:], cos, sin)
-    return jnp.concatenate([q_BTHK[..., :N], rotated], axis=-1)
+      c_BTQ = layers.rms_norm(first, self.q_norm_Q[...], self.cfg.latent_norm_eps)
+      first, = _projected(c_BTQ, (self.w_uq_QHK[...],), (N,), recipe)
+    rotated = rope.apply_rope(first[..., N:], cos, sin)
+    return jnp.concatenate([first[..., :N], rotated], axis=-1)
 
-  def latents(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array
+  def latents(self, z_BTZ: jax.Array, cos: jax.Array, sin: jax.Array
               ) -> tuple[jax.Array, jax.Array]:
     """Normalised latent [B, T, C] and rotated shared key [B, T, R]: all that a cache stores."""
     C = self.cfg.kv_rank
-    w_dkv_DZ = _rotate_in_halves(self.w_dkv_DZ[...].astype(x_BTD.dtype), C)
-    z_BTZ = checkpoint_name(layers.linear(x_BTD, w_dkv_DZ), "kv_latent")
     c_BTC = layers.rms_norm(z_BTZ[..., :C], self.kv_norm_C[...], self.cfg.latent_norm_eps)
     return c_BTC, rope.apply_rope(z_BTZ[..., C:], cos, sin)
 
-  def expand(self, c_BTC: jax.Array, k_rope_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def expand(self, c_BTC: jax.Array, k_rope_BTR: jax.Array, recipe: Recipe | None = None
+             ) -> tuple[jax.Array, jax.Array]:
     """Keys [B, T, H, K] and values [B, T, H, U] of every head."""
     N = self.cfg.nope_dim
-    kv_BTHW = layers.linear(c_BTC, self.w_ukv_CHW[...])
+    kv_BTHW = layers.linear(c_BTC, self.w_ukv_CHW[...], recipe=recipe)
     shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None],
                                    (*kv_BTHW.shape[:3], k_rope_BTR.shape[-1]))
     return jnp.concatenate([kv_BTHW[..., :N], shared_BTHR], axis=-1), kv_BTHW[..., N:]
@@ -97,11 +117,14 @@ class MLA(nnx.Module):
     Returns:
       [B, T, D].
     """
+    recipe = resolve(runtime)
     with jax.named_scope("mla_project"):
-      q_BTHK = self.queries(x_BTD, cos, sin)
-      k_BTHK, v_BTHU = self.expand(*self.latents(x_BTD, cos, sin))
+      first, z_BTZ = self.down(x_BTD, recipe)
+      q_BTHK = self.queries(first, cos, sin, recipe)
+      k_BTHK, v_BTHU = self.expand(*self.latents(z_BTZ, cos, sin), recipe)
     o_BTHU = ops.attention(
         q_BTHK, k_BTHK, v_BTHU, scale=rope.softmax_scale(self.cfg), segments_BT=segments_BT,
         impl=runtime.attention, block=runtime.attention_block)
     with jax.named_scope("mla_output"):
-      return layers.linear(o_BTHU, self.w_o_HUD[...], inner=2)
+      site = recipe and fp8_linear.Site(recipe.output_x, recipe.output_cache)
+      return layers.linear(o_BTHU, self.w_o_HUD[...], 2, recipe, site)

@@ -24,6 +24,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config, ops
+from dsv3_jax.fp8 import grouped, weights
+from dsv3_jax.fp8.recipe import Recipe
 from dsv3_jax.model import layers, routing
 
 
@@ -52,6 +54,7 @@ class MoECall(NamedTuple):
   balance: config.Loss | None = None  # losses with a positive weight are computed
   axes: tuple[str, ...] = ()  # mesh axes that shard the batch
   gemm: str = "auto"
+  recipe: Recipe | None = None  # of the linear layers, outside MoE too; None: the compute dtype
 
 
 def block_rows(pairs: int, experts: int) -> int:
@@ -136,20 +139,24 @@ class MoELayer(nnx.Module):
     self.shared = nnx.data(
         layers.DenseFFN(D, m.shared * F, std, rngs=rngs, dtype=dtype) if m.shared else None)
 
-  def experts(self, x_PD: jax.Array, routed: routing.Routing, gemm: str) -> jax.Array:
+  def experts(self, x_PD: jax.Array, routed: routing.Routing, gemm: str,
+              recipe: Recipe | None = None) -> jax.Array:
     """Sum over each token's experts of gate * FFN(x), [P, D]."""
     dtype = x_PD.dtype
     E = self.cfg.experts
     p = plan(routed.expert_PA, E, block_rows(routed.expert_PA.size, E))
+    if recipe is not None:
+      ws = self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...]
+      return grouped.experts(x_PD, routed.gate_PA, *ws, p, recipe, gemm)
     with jax.named_scope("dispatch"):
       x_MD = checkpoint_name(spread(x_PD, p), "dispatched")
       gate_M = spread_gates(routed.gate_PA, p).astype(dtype)
     with jax.named_scope("experts"):
-      w_in_EDF = [w[...].astype(dtype) for w in (self.w_gate_EDF, self.w_up_EDF)]
+      w_in_EDF = [weights.plain(w[...], dtype) for w in (self.w_gate_EDF, self.w_up_EDF)]
       both_MF = ops.grouped_gemm(x_MD, jnp.concatenate(w_in_EDF, -1), p.group_m, p.used, impl=gemm)
       gated_MF, up_MF = jnp.split(checkpoint_name(both_MF, "expert_gate_up"), 2, axis=-1)
       h_MF = layers.swiglu(gated_MF, up_MF) * gate_M[:, None]
-      y_MD = ops.grouped_gemm(h_MF, self.w_down_EFD[...].astype(dtype), p.group_m, p.used,
+      y_MD = ops.grouped_gemm(h_MF, weights.plain(self.w_down_EFD[...], dtype), p.group_m, p.used,
                               impl=gemm)
     with jax.named_scope("combine"):
       return collect(y_MD, p)
@@ -159,9 +166,9 @@ class MoELayer(nnx.Module):
     B, T, D = x_BTD.shape
     x_PD = x_BTD.reshape(B * T, D)
     routed = routing.route(x_PD, self.w_router_DE[...], self.bias_E[...], self.cfg)
-    y_PD = self.experts(x_PD, routed, call.gemm)
+    y_PD = self.experts(x_PD, routed, call.gemm, call.recipe)
     if self.shared is not None:
-      y_PD = y_PD + self.shared(x_PD)
+      y_PD = y_PD + self.shared(x_PD, call.recipe)
     return y_PD.reshape(B, T, D), self._stats(routed, (B, T), call)
 
   def _stats(self, routed: routing.Routing, shape: tuple[int, int], call: MoECall) -> MoEStats:

@@ -48,8 +48,9 @@ class MTPModule(nnx.Module):
     with jax.named_scope("mtp_combine"):
       e_BTD = layers.rms_norm(embedded_BTD, self.embed_norm_D[...], self.norm_eps)
       h_BTD = layers.rms_norm(h_BTD, self.hidden_norm_D[...], self.norm_eps)
-      h_BTD = (layers.linear(e_BTD, self.w_embed_DD[...])
-               + layers.linear(h_BTD, self.w_hidden_DD[...]))
+      recipe = call.moe.recipe
+      h_BTD = (layers.linear(e_BTD, self.w_embed_DD[...], recipe=recipe)
+               + layers.linear(h_BTD, self.w_hidden_DD[...], recipe=recipe))
     return self.block(h_BTD, call)
 
   def readout(self, h_BTD: jax.Array) -> jax.Array:

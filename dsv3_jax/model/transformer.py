@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax import config
+from dsv3_jax.fp8.recipe import resolve
 from dsv3_jax.model import layers, remat, rope
 from dsv3_jax.model.block import Block, BlockCall, scan, stack
 from dsv3_jax.model.moe import MoECall, MoEStats
@@ -117,7 +118,7 @@ class Transformer(nnx.Module):
     else:
       positions_BT = rope.positions_from_segments(segments_BT)
     cos, sin = rope.rope_table(self.cfg.attention, positions_BT)
-    moe_call = MoECall(valid_BT, balance, axes, runtime.gemm)
+    moe_call = MoECall(valid_BT, balance, axes, runtime.gemm, resolve(runtime))
     call = BlockCall(cos, sin, segments_BT, moe_call, runtime)
 
     def step(block, x_BTD, _):
