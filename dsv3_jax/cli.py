@@ -174,6 +174,9 @@ def _convert(args: argparse.Namespace) -> int:
     raise ConfigError(f"--step and --ema choose a checkpoint; {source} is a model folder")
   if to == "workdir" and args.dtype not in (None, "float32"):
     raise ConfigError(f"--dtype={args.dtype}: the parameters of a workdir are float32")
+  if to == "workdir" and args.quantization == "fp8":
+    raise ConfigError("--quantization=fp8: the parameters of a workdir are float32; runtime.recipe "
+                      "makes a run compute in FP8")
   if to == "hf" and args.config is not None:
     raise ConfigError("--config goes with --to=workdir")
   (_export if is_run else _rewrite if to == "hf" else _import)(source, target, args)
@@ -197,22 +200,26 @@ def _export(workdir: Path, target: Path, args: argparse.Namespace) -> None:
   if file.is_file():
     tokenizer = Tokenizer.load(str(file))
     tokens = dict(tokenizer=file, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
-  huggingface.save(model, target, args.dtype, **tokens)
+  huggingface.save(model, target, args.dtype, quantization=args.quantization, **tokens)
   print(target)
 
 
 def _rewrite(source: Path, target: Path, args: argparse.Namespace) -> None:
-  """A Hugging Face folder in another dtype: FP8 weights are dequantized, for example."""
+  """A Hugging Face folder in another dtype, quantized or dequantized."""
   from dsv3_jax.interop import hf_config, huggingface, safetensors_files
 
   # One dtype that loses nothing; the tensors that are fp32 in any case have no say.
   found = {stored.dtype.name for name, stored in safetensors_files.scan(source).items()
            if not name.endswith(("_scale_inv", "e_score_correction_bias"))} - {"float8_e4m3fn"}
   dtype = found.pop() if found in ({"bfloat16"}, {"float16"}) else "float32"
-  model = huggingface.load(source, args.dtype or dtype)
+  if args.quantization == "fp8":  # weights that are FP8 already keep every bit
+    model, dtype = huggingface.load(source, quantized="keep"), args.dtype
+  else:
+    model, dtype = huggingface.load(source, args.dtype or dtype), None
   values = hf_config.read_json(source / "config.json")
   file = source / "tokenizer.json"
-  huggingface.save(model, target, tokenizer=file if file.is_file() else None,
+  huggingface.save(model, target, dtype, quantization=args.quantization,
+                   tokenizer=file if file.is_file() else None,
                    bos_token_id=values.get("bos_token_id"), eos_token_id=values.get("eos_token_id"))
   print(target)
 
@@ -494,9 +501,10 @@ def _parser() -> argparse.ArgumentParser:
       commands, "convert", _convert, "to and from Hugging Face folders",
       "A run's workdir becomes a folder that transformers loads (DeepseekV3ForCausalLM). A\n"
       "Hugging Face folder becomes a workdir, to be trained on, or with --to=hf a folder of\n"
-      "another dtype (FP8 weights are dequantized).",
+      "another dtype, dequantized or in FP8.",
       "  dsv3 convert runs/tiny exported\n"
       "  dsv3 convert runs/tiny exported --step=600 --ema --dtype=bfloat16\n"
+      "  dsv3 convert runs/tiny exported --quantization=fp8\n"
       "  dsv3 convert DeepSeek-V3 runs/v3 --config=experiments/v3_671b.py\n"
       "  dsv3 convert DeepSeek-V3 DeepSeek-V3-bf16 --to=hf --dtype=bfloat16")
   convert.add_argument("source", metavar="SOURCE", help="workdir of a run, or Hugging Face folder")
@@ -506,7 +514,11 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument("--config", metavar="FILE[:ARG]",
                        help="experiment file for all but the model of a workdir that is made")
   convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                       help="of the tensors in a Hugging Face folder (default: as in SOURCE)")
+                       help="of the tensors in a Hugging Face folder that are not FP8 (default: as "
+                            "in SOURCE; bfloat16 beside weights that --quantization=fp8 makes FP8)")
+  convert.add_argument("--quantization", choices=("fp8", "none"), default="none",
+                       help="fp8: linear layers in FP8 with a scale for each 128 x 128 block, as "
+                            "released (default: %(default)s, which dequantizes)")
   convert.add_argument("--step", type=int, metavar="N",
                        help="checkpoint of the run to take (default: the last)")
   convert.add_argument("--ema", action="store_true", help="take the averaged parameters")

@@ -96,7 +96,25 @@ def test_a_folder_becomes_a_workdir_and_a_folder_again(workdir, tmp_path):
   assert checkpoint.load_params(run)[2]["step"] == 0
 
 
+def test_fp8_there_and_on_and_back(workdir, tmp_path):
+  """Oracle: `save` of the same parameters; converting again changes no byte; back gives `load`."""
+  folder, _ = workdir
+  plain, one, two, back = (str(tmp_path / name) for name in ("plain", "one", "two", "back"))
+  assert cli.run(["convert", str(folder), one, "--step=1", "--quantization=fp8"]) == 0
+  assert cli.run(["convert", str(folder), plain, "--step=1"]) == 0
+  huggingface.save(huggingface.load(plain), tmp_path / "expected", quantization="fp8")
+  assert cli.run(["convert", one, two, "--to=hf", "--quantization=fp8"]) == 0
+  files = [tmp_path / name / "model.safetensors" for name in ("expected", "one", "two")]
+  assert len({file.read_bytes() for file in files}) == 1
+  configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
+  assert configs[0] == configs[1] and "quantization_config" in configs[0]
+  assert cli.run(["convert", one, back, "--to=hf", "--dtype=float32"]) == 0
+  jax.tree.map(np.testing.assert_array_equal, _params(huggingface.load(back)),
+               _params(huggingface.load(one)))
+
+
 @pytest.mark.parametrize("words, named", [
+    (["HF", "OUT", "--quantization=fp8"], "runtime.recipe"),
     (["RUN", "OUT", "--to=workdir"], "a workdir already"),
     (["RUN", "OUT", "--config=x.py"], "--config goes with --to=workdir"),
     (["HF", "OUT", "--step=1"], "--step and --ema choose a checkpoint"),
