@@ -119,9 +119,17 @@ def _eval(args: argparse.Namespace) -> int:
   config = config_lib.from_dict(meta["config"])
   limit = config.train.eval_batches if args.batches is None else args.batches
   corpus = pipeline.prepare(config.data, config.model.vocab_size, args.workdir)
+  trained_on = (meta["iterator"] or {}).get("corpus", corpus.fingerprint)
+  if corpus.fingerprint != trained_on:
+    raise ConfigError(f"{args.workdir} was trained on corpus {trained_on}, its data now give "
+                      f"{corpus.fingerprint}: the files of data.sources or the tokenizer changed, "
+                      "so that held-out text may have been trained on; bring them back")
   rows = config.data.microbatch or config.data.batch_size
   batches = corpus.validation_batches(rows, limit)
   size = sum(evaluate.target_bytes(b, corpus.tokenizer.token_bytes_V) for b in batches)
+  if not size:
+    raise ConfigError(f"{args.workdir}: no text is held out (data.validation_fraction="
+                      f"{config.data.validation_fraction:g}), so there is nothing to evaluate on")
   graphdef = state.split(nnx.eval_shape(lambda: state.build_model(config.model, seed=0)))[0]
   sums = evaluate.make_evaluate(graphdef, config)
   found = evaluate.evaluate(sums, params, buffers, batches, size)

@@ -1,0 +1,87 @@
+"""Runs on the real data pipeline, and what the command line makes of their workdirs."""
+
+import json
+import shutil
+
+import pytest
+
+from dsv3_jax import cli, train
+from dsv3_jax import config as config_lib
+from dsv3_jax.train import metrics
+from tests.data.conftest import make_text
+from tests.train import fakes, runs
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  """FIM, cut tokens, a batch ramp in micro-batches, the EMA and two balance losses; ten steps."""
+  folder = tmp_path_factory.mktemp("corpus")
+  for i in range(60):
+    (folder / f"{i:02d}.txt").write_text(make_text(i, 60), encoding="utf-8")
+  return fakes.small_config(**{
+      "model.vocab_size": 320, "data.sources": (str(folder),), "data.fim_rate": 0.5,
+      "data.split_rate": 0.5, "data.validation_fraction": 0.2, "data.batch_size": 4,
+      "data.batch_start": 2, "data.microbatch": 2, "data.batch_ramp_until": 0.5,
+      "data.batch_ramp_stages": 2, "data.prefetch": 3, "optim.ema_decay": 0.9,
+      "optim.ema_every": 3, "loss.sequence_balance": 0.0, "loss.batch_balance": 1e-3,
+      "loss.expert_balance": 1e-3, "train.tokens": 16 * 34, "train.checkpoint_every": 100})
+
+
+def _run(config, folder, ui=None) -> train.RunResult:
+  return train.run(config, str(folder), ui=ui or metrics.Silent())
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+  """The workdir of a run that nothing interrupted."""
+  folder = tmp_path_factory.mktemp("finished")
+  assert _run(config, folder).finished
+  return folder
+
+
+def test_an_interrupted_run_on_real_data(config, finished, tmp_path):
+  """Oracle: the uninterrupted run, bit for bit, after signals in the ramp and behind it."""
+  steps = [r for r in runs.records(finished) if r["kind"] == "train"]
+  assert {r["batch_size"] for r in steps} == {2, 4} and len(steps) > 8
+  assert all(r["batch_balance"] > 0 and r["expert_balance"] > 0 and "balance" not in r
+             for r in steps)
+  ends = [_run(config, tmp_path, runs.Interrupt(step)).step for step in (2, 6)]
+  assert 2 <= ends[0] < 6 <= ends[1] < len(steps)
+  assert _run(config, tmp_path).finished
+  runs.assert_same(finished, tmp_path)
+
+
+def _eval(folder, capsys, *words) -> dict:
+  assert cli.run(["eval", str(folder), *words]) == 0
+  return json.loads(capsys.readouterr().out)
+
+
+def test_eval_repeats_the_runs_own_numbers(finished, capsys):
+  """Oracle: the last validation of the run and its summary; all of the text gives more bytes."""
+  final = json.loads((finished / "summary.json").read_text())["final"]
+  last = [r for r in runs.records(finished) if r["kind"] == "eval"][-1]
+  found = _eval(finished, capsys)
+  assert found["step"] == last["step"]
+  for name in ("loss", "bits_per_byte", "max_vio", "accuracy"):
+    assert found[name] == pytest.approx(final[name], rel=1e-5), name
+  assert _eval(finished, capsys, "--ema")["loss"] == pytest.approx(final["ema_loss"], rel=1e-5)
+  assert _eval(finished, capsys, "--batches=0")["bytes"] > found["bytes"]
+
+
+def test_eval_refuses_what_it_cannot_compare(config, finished, tmp_path, capsys):
+  """Oracle: exit code 2 and the reason, where no text is held out and where the text changed."""
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  sidecar = max((folder / "checkpoints").glob("*/checkpoint.json"))
+  meta = json.loads(sidecar.read_text())
+
+  def refuse(key, value) -> str:
+    changed = config_lib.replace(config, **{key: value})
+    sidecar.write_text(json.dumps(meta | {"config": config_lib.to_dict(changed)}))
+    assert cli.run(["eval", str(folder)]) == 2
+    return capsys.readouterr().err
+
+  assert "no text is held out (data.validation_fraction=0" in refuse("data.validation_fraction", 0)
+  other = tmp_path / "other.txt"
+  other.write_text(make_text(1000, 3000), encoding="utf-8")
+  assert "the files of data.sources" in refuse("data.sources", (str(other),))
