@@ -112,6 +112,25 @@ def test_bfloat16_folder(tmp_path):
   np.testing.assert_array_equal(model.moe.ffn.bias_E[...][0], bias.float().numpy())
 
 
+def test_fp8_folder(tmp_path):
+  """Oracle: transformers' own reading of an FP8 folder of ours: weights bit for bit, and logits."""
+  pytest.importorskip("accelerate")  # transformers asks for it before it reads FP8
+  c = BASE | dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+                  v_head_dim=16, moe_intermediate_size=16)  # it takes whole blocks only
+  model = huggingface.load(oracle.write_folder(tmp_path / "m", c, oracle.random_tensors(c, 24)))
+  huggingface.save(model, tmp_path / "fp8", quantization="fp8", block=(16, 16))
+  torch_model = transformers.DeepseekV3ForCausalLM.from_pretrained(
+      tmp_path / "fp8", dtype=torch.float32, quantization_config=transformers.FineGrainedFP8Config(
+          dequantize=True, weight_block_size=(16, 16))).float().eval()
+  ours = huggingface.load(tmp_path / "fp8")
+  state = torch_model.state_dict()
+  np.testing.assert_array_equal(ours.dense.ffn.w_up_DF[...][0].T,
+                                state["model.layers.0.mlp.up_proj.weight"].numpy())
+  experts = state["model.layers.2.mlp.experts.down_proj"].numpy()
+  np.testing.assert_array_equal(ours.moe.ffn.w_down_EFD[...][1], experts.transpose(0, 2, 1))
+  assert relative(run(ours).logits_BTV, torch_logits(torch_model)) < LOGITS
+
+
 def test_mtp(tmp_path, from_pretrained):
   """Oracle: transformers' multi-token prediction layer, fed with its main model's last state."""
   layers = pytest.importorskip("transformers.modeling_layers")
