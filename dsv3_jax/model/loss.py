@@ -7,12 +7,19 @@ totals of micro-batches and shards add up to the batch's loss, and L_MTP^k is di
 it has T - k terms, as eq. 24 says.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax.model import cross_entropy
 from dsv3_jax.model.transformer import Transformer, shift
+
+# Names in the metrics of the balance losses that `config.Loss` weighs.
+BALANCES = types.MappingProxyType({
+    "balance": "sequence_balance", "batch_balance": "batch_balance",
+    "expert_balance": "expert_balance"})
 
 
 def not_padding(batch: dict[str, jax.Array]) -> jax.Array:
@@ -75,7 +82,8 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
 
   Returns:
     fp32 scalar, and additive fp32 metrics: loss_sum, mtp_loss_sum [K], tokens, mtp_tokens [K],
-    correct, balance (sequence-wise, unweighted, times share), counts_LE.
+    correct, counts_LE, and the balance losses, unweighted, times share, 0 where their weight is:
+    balance (sequence-wise), batch_balance, expert_balance.
   """
   K = model.cfg.mtp_depth
   tokens_BS = batch["tokens"]
@@ -103,17 +111,15 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
   total = sums[0] / denominator
   if K:
     total += mtp_weight / K * sum(sums[1:]) / denominator
-  balance = jnp.zeros(())
+  balances = dict.fromkeys(BALANCES, jnp.zeros(()))
   if hidden.stats is not None:
-    s = hidden.stats
-    balance = s.sequence_balance.sum() * share
-    total += loss.sequence_balance * balance
-    total += loss.batch_balance * s.batch_balance.sum() * share
-    total += loss.expert_balance * s.expert_balance.sum() * share
+    for name, kind in BALANCES.items():
+      balances[name] = getattr(hidden.stats, kind).sum() * share
+      total += getattr(loss, kind) * balances[name]
   counts_LE = jnp.zeros((0, model.cfg.moe.experts)) if hidden.stats is None else (
       hidden.stats.counts_E)
   return total, jax.lax.stop_gradient({
       "loss_sum": sums[0], "mtp_loss_sum": jnp.stack(sums[1:]) if K else jnp.zeros((0,)),
       "tokens": predicted[0][1].sum(),
       "mtp_tokens": jnp.stack([w.sum() for _, w in predicted[1:]]) if K else jnp.zeros((0,)),
-      "correct": corrects[0], "balance": balance, "counts_LE": counts_LE})
+      "correct": corrects[0], "counts_LE": counts_LE, **balances})

@@ -36,6 +36,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dsv3_jax import config as config_lib
 from dsv3_jax import files, host
 from dsv3_jax.model import counts as counts_lib
+from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.parallel import sharding
 from dsv3_jax.train import evaluate as evaluate_lib
@@ -128,7 +129,7 @@ class _Trainer:
 
     optimizer = optim.make_optimizer(cfg.optim)
     self.graphdef, abstract, init = state_lib.initializer(
-        lambda: state_lib.build_model(cfg.model, train.seed), optimizer, self.mesh)
+        lambda: state_lib.build_model(cfg.model, train.seed), optimizer, self.mesh, cfg.runtime)
     self.train_step = step_lib.make_train_step(self.graphdef, cfg, optimizer, self.mesh)
     self.sums = evaluate_lib.make_evaluate(self.graphdef, cfg, self.mesh)
     self.batches = corpus.train_iterator(self.schedule, jax.process_index(), jax.process_count())
@@ -167,6 +168,7 @@ class _Trainer:
     where = None if self.mesh is None else jax.sharding.NamedSharding(
         self.mesh, sharding.spec("tokens_BS"))
     self.validation = [self.put(b, where) for b in self.validation_host]
+    self._balances = [name for name, kind in loss_lib.BALANCES.items() if getattr(cfg.loss, kind)]
     self._rates: list[float] = []
     self._first = True
 
@@ -214,7 +216,7 @@ class _Trainer:
     max_vio_L = found["max_vio_L"]
     record = self.metrics.write({
         "kind": "train", "step": host["step"], "tokens": host["tokens"],
-        **{k: found[k] for k in ("loss", "mtp_loss", "balance", "accuracy")},
+        **{k: found[k] for k in ("loss", "mtp_loss", "accuracy", *self._balances)},
         "lr": host["lr"], "bias_speed": host["bias_speed"], "mtp_weight": host["mtp_weight"],
         "grad_norm": found["grad_norm"], "max_vio": max(max_vio_L.tolist(), default=None),
         "max_vio_L": max_vio_L, "batch_size": host["batch_size"], "bad_steps": found["skipped"],

@@ -123,8 +123,9 @@ def make_train_step(
   """The compiled step; it donates its state.
 
   Metrics, fp32 scalars unless said otherwise: loss (main cross-entropy, nats a target token),
-  mtp_loss [depth], balance, accuracy, grad_norm (before clipping), max_vio_L, counts_LE, bad
-  (bool: this step was skipped), bad_steps (int32, in a row), skipped (int32, in the run).
+  mtp_loss [depth], those of `loss.BALANCES`, accuracy, grad_norm (before clipping), max_vio_L,
+  counts_LE, bad (bool: this step was skipped), bad_steps (int32, in a row), skipped (int32, in the
+  run).
   """
 
   def train_step(state: TrainState, batch: Batch, hyper: Hyper):
@@ -145,7 +146,7 @@ def make_train_step(
     metrics = {
         "loss": loss,
         "mtp_loss": aux["mtp_loss_sum"] / jnp.maximum(aux["mtp_tokens"], 1),
-        "balance": aux["balance"],
+        **{name: aux[name] for name in loss_lib.BALANCES},
         "accuracy": aux["correct"] / jnp.maximum(aux["tokens"], 1),
         "grad_norm": grad_norm,
         "max_vio_L": routing.max_vio(aux["counts_LE"]),

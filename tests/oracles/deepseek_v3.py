@@ -272,6 +272,8 @@ class Loss:
   main: float
   mtp: list  # a depth, before lambda / D
   balance: float  # mean over sequences of the sequence-wise loss, summed over MoE layers
+  batch_balance: float  # the same loss over the batch as one sequence
+  expert_balance: float  # as `balance`, of the experts really chosen
   tokens: int  # targets of the main model
   mtp_tokens: list
   correct: int
@@ -316,4 +318,4 @@ def loss(params, biases, cfg, weights, batch, mtp_weight):
   total += (weights.sequence_balance * seq + weights.expert_balance * expert
             + weights.batch_balance * whole)
   counts = np.array([sum(histogram(o.routing[i].chosen, m) for o in outs) for i in layers])
-  return Loss(total, means[0], means[1:], seq, seen[0], seen[1:], hits, counts, outs)
+  return Loss(total, means[0], means[1:], seq, whole, expert, seen[0], seen[1:], hits, counts, outs)

@@ -28,6 +28,7 @@ def test_a_finished_run(whole, config):
   lr = schedules.learning_rate(config.optim, config.train.tokens)
   assert [r["lr"] for r in steps] == [lr(64 * i, i + 1) for i in range(12)]
   assert steps[-1]["loss"] < steps[0]["loss"] - 0.4
+  assert steps[0]["balance"] > 0 and "batch_balance" not in steps[0]  # only what is on
   assert steps[-1]["loss"] != steps[-2]["loss"] and steps[0]["grad_norm"] > 0
   evals = [r for r in rows if r["kind"] == "eval"]
   assert [r["step"] for r in evals] == [4, 8, 12]

@@ -52,6 +52,7 @@ def toy_loss(model, batch, *, loss, mtp_weight, runtime, denominator, share, axe
   return total, {"loss_sum": (nll_BT * weight_BT).sum(), "mtp_loss_sum": jnp.zeros(1),
                  "tokens": weight_BT.sum(), "mtp_tokens": jnp.ones(1),
                  "correct": jnp.zeros(()), "balance": share * jnp.square(logits_BTV).mean(),
+                 "batch_balance": share, "expert_balance": jnp.zeros(()),
                  "counts_LE": jnp.stack([counts_E, 2 * counts_E])}
 
 
