@@ -281,8 +281,8 @@ class Optim:
   weight_decay: float = 0.1
   decay_vectors: bool = False  # also decay norm gains (the report does not say)
   clip_norm: float = 1.0  # 0 switches clipping off
-  mu_dtype: str = "float32"
-  nu_dtype: str = "float32"
+  mu_dtype: str = "float32"  # of the stored first moment: float32, bfloat16, float8 (block-wise)
+  nu_dtype: str = "float32"  # of the second
   ema_decay: float = 0.0  # 0 switches the host-side EMA of the parameters off
   ema_every: int = 1  # steps between EMA updates; the decay is applied per step all the same
 
@@ -299,7 +299,7 @@ class Optim:
       value = getattr(self, name)
       _require(0 <= value < 1, f"{s}.{name}={value} must lie in [0, 1)")
     for name in ("mu_dtype", "nu_dtype"):
-      _one_of(s, self, name, ("float32", "bfloat16"))
+      _one_of(s, self, name, ("float32", "bfloat16", "float8"))
 
 
 @dataclasses.dataclass(frozen=True)
