@@ -67,18 +67,28 @@ def block_rows(pairs: int, experts: int) -> int:
   return int(np.clip(2 ** int(np.log2(share)), 8, 64))
 
 
+def _sort(expert_n: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+  """Stable order of the pairs by expert, and their experts in that order; int32."""
+  n = expert_n.size
+  if experts * n >= 2**31:
+    order = jnp.argsort(expert_n, stable=True).astype(jnp.int32)
+    return order, expert_n[order]
+  # One sort of numbers that hold both is several times faster than one of keys with payload.
+  both = jnp.sort(expert_n.astype(jnp.int32) * n + jnp.arange(n, dtype=jnp.int32))
+  return both % n, both // n
+
+
 def plan(expert_PA: jax.Array, experts: int, block: int) -> Plan:
   """Sorts pairs by expert (stably) into blocks of `block` rows; see the module docstring."""
   pairs = expert_PA.size
   blocks = pairs // block + min(experts, pairs)
   expert_flat = expert_PA.reshape(-1)
-  order = jnp.argsort(expert_flat, stable=True).astype(jnp.int32)
+  order, sorted_expert = _sort(expert_flat, experts)
   counts_E = jnp.zeros((experts,), jnp.int32).at[expert_flat].add(1)
   blocks_E = -(-counts_E // block)
   end_block_E = jnp.cumsum(blocks_E)
   first_row_E = (end_block_E - blocks_E) * block
   first_pair_E = jnp.cumsum(counts_E) - counts_E
-  sorted_expert = expert_flat[order]
   row_sorted = (jnp.arange(pairs, dtype=jnp.int32) + (first_row_E - first_pair_E)[sorted_expert])
   row_flat = jnp.zeros((pairs,), jnp.int32).at[order].set(row_sorted, unique_indices=True)
   pair_M = jnp.full((blocks * block,), pairs, jnp.int32).at[row_sorted].set(

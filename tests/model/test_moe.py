@@ -103,6 +103,17 @@ def test_collect_sums_in_fp32():
   assert float(jit(moe.collect)(jnp.asarray(y, jnp.bfloat16), p)[0, 0]) == 258
 
 
+def test_both_ways_of_sorting():
+  """Oracle: numpy's stable argsort; the second way serves numbers too large for one int32."""
+  expert = np.random.default_rng(0).integers(0, 5, 300)
+  order = np.argsort(expert, kind="stable")
+  for experts in (5, 2**31):
+    got = moe._sort(jnp.asarray(expert, jnp.int32), experts)
+    assert all(g.dtype == jnp.int32 for g in got)
+    np.testing.assert_array_equal(got[0], order)
+    np.testing.assert_array_equal(got[1], expert[order])
+
+
 def test_block_rows():
   """Oracle: about a quarter of the mean share, a power of two, from 8 to 64."""
   assert [moe.block_rows(pairs, 16) for pairs in (1, 64, 1024, 2048, 3000, 10**6)] == [
