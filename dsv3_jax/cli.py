@@ -451,9 +451,12 @@ def _parser() -> argparse.ArgumentParser:
       "WANDB_PROJECT is set and wandb is installed, the same numbers go to Weights & Biases.",
       "  dsv3 train --config=experiments/tiny.py\n"
       "  dsv3 train --config=experiments/tiny.py:smoke --workdir=/tmp/smoke\n"
-      "  dsv3 train --config=experiments/tiny.py --config.optim.lr=3e-4 --config.data.fim_rate=0\n"
-      "  dsv3 train --config=experiments/tiny.py --config.data.sources='texts/*.txt,notes'\n"
-      "  dsv3 train --config=experiments/tiny.py --config.train.profile_from=50\n"
+      "  dsv3 train --config=experiments/tiny.py --config.optim.lr=3e-4 \\\n"
+      "    --config.data.fim_rate=0 --workdir=runs/nofim\n"
+      "  dsv3 train --config=experiments/tiny.py --config.data.sources='texts/*.txt,notes' \\\n"
+      "    --workdir=runs/notes\n"
+      "  dsv3 train --config=experiments/tiny.py --config.train.profile_from=50 \\\n"
+      "    --workdir=runs/profiled\n"
       "  dsv3 train --config=experiments/v3_671b.py --print-config")
   train.set_defaults(overridable=True)
   train.add_argument("--config", required=True, metavar="FILE[:ARG]",
@@ -489,9 +492,10 @@ def _parser() -> argparse.ArgumentParser:
       commands, "tokenize", _tokenize, "turn text into shards that training maps into memory",
       "Tokenize text once, for corpora that exceed memory or serve many runs. Memory use does not\n"
       "grow with the corpus. The folder appears under its name when it is complete.",
-      "  dsv3 tokenize --out=corpus --vocab-size=32064 'texts/**/*.txt'\n"
-      "  dsv3 tokenize --out=corpus --tokenizer=tokenizer.json --text-key=content web.jsonl.gz\n"
-      "  dsv3 train --config=experiments/tiny.py --config.data.sources=shards:corpus")
+      "  dsv3 tokenize --out=corpus 'texts/**/*.txt'\n"
+      "  dsv3 tokenize --out=web --tokenizer=tokenizer.json --text-key=content web.jsonl.gz\n"
+      "  dsv3 train --config=experiments/tiny.py --config.data.sources=shards:corpus \\\n"
+      "    --workdir=runs/corpus")
   tokenize.add_argument("source", nargs="+", metavar="SOURCE",
                         help="file, folder, glob, hf:NAME, or stdlib, as in data.sources")
   tokenize.add_argument("--out", required=True, metavar="DIR", help="folder to make")

@@ -1,6 +1,8 @@
 """The command line: what people type, and what they get wrong."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -8,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax import cli
+from dsv3_jax import cli, train
 from dsv3_jax import config as config_lib
 from dsv3_jax.config import ConfigError
+from dsv3_jax.train import schedules
 from tests.analysis import synthetic
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +31,48 @@ def experiment(tmp_path: Path, body: str) -> str:
   path = tmp_path / "experiment.py"
   path.write_text(body)
   return str(path)
+
+
+# --- examples -----------------------------------------------------------------------------------
+
+
+def _train_examples() -> list[list[str]]:
+  """Every `dsv3 train` that the README, the help and the experiments show."""
+  helps = [dsv3(command, "--help").stdout for command in ("train", "tokenize")]
+  texts = [(ROOT / "README.md").read_text(), *helps, *(p.read_text() for p in EXPERIMENTS)]
+  joined = re.sub(r"\\\n\s*", "", "\n".join(texts))
+  return [shlex.split(line, comments=True) for line in
+          re.findall(r"dsv3 (train --config=experiments.*?)(?:   .*)?$", joined, re.M)]
+
+
+def test_examples_with_overrides_have_a_workdir_of_their_own(monkeypatch):
+  """Oracle: the commands themselves: each gives a config, and no two configs share a workdir."""
+  monkeypatch.chdir(ROOT)
+  made = {}
+  for words in _train_examples():
+    parsed, rest = cli._parser().parse_known_args(words)
+    made.setdefault(parsed.workdir or str(cli.default_workdir(parsed.config)), []).append(
+        (cli.load_config(parsed.config, cli._pair_overrides(rest)), words))
+  assert len(made) > 8
+  for workdir, found in made.items():
+    configs = {config for config, _ in found}
+    assert len(configs) == 1, (workdir, [words for _, words in found])
+
+
+def test_readmes_notebook_example_leaves_the_warm_up(monkeypatch, tmp_path):
+  """Oracle: the learning rate of the example's last step is its schedule's last one."""
+  monkeypatch.chdir(ROOT)
+  example = re.search(r"```python\n(from dsv3_jax import config.*?)```",
+                      (ROOT / "README.md").read_text(), re.S)[1]
+  monkeypatch.syspath_prepend(str(ROOT))
+  given = []
+  monkeypatch.setattr(train, "run", lambda config, workdir: given.append(config))
+  exec(example, {})
+  config, = given
+  batches = schedules.batch_schedule(config.data, config.train.tokens)
+  last = batches.total_steps - 1
+  rate = schedules.learning_rate(config.optim, config.train.tokens)
+  assert rate(batches.tokens_before(last), last + 1) == pytest.approx(config.optim.lr_last)
 
 
 # --- configs --------------------------------------------------------------------------------------
