@@ -188,7 +188,7 @@ def _numbers(run: Run) -> list[tuple[str, str, str]]:
     share = f"; MFU {np.nanmedian(mfu):.1%}" if np.isfinite(mfu).any() else ""
     add("tokens per second", float(np.nanmedian(speed)), "{:,.0f}", f"median of the steps{share}")
   if run.train:
-    bad = _last(plots.column(run.train, "bad_steps"))
+    bad = _last(plots.column(run.train, "skipped"))
     if bad is not None:
       add("skipped steps", bad, "{:.0f}", "gradient was NaN or infinite")
   return rows

@@ -219,7 +219,7 @@ class _Trainer:
         **{k: found[k] for k in ("loss", "mtp_loss", "accuracy", *self._balances)},
         "lr": host["lr"], "bias_speed": host["bias_speed"], "mtp_weight": host["mtp_weight"],
         "grad_norm": found["grad_norm"], "max_vio": max(max_vio_L.tolist(), default=None),
-        "max_vio_L": max_vio_L, "batch_size": host["batch_size"], "bad_steps": found["skipped"],
+        "max_vio_L": max_vio_L, "batch_size": host["batch_size"], "skipped": found["skipped"],
         "time": {"tokens_per_s": rate, "step_s": seconds,
                  "mfu": rate * self.flops_per_token / self.peak, "elapsed_s": self.elapsed()}})
     self._rates = [*self._rates[-19:], seconds]

@@ -202,8 +202,8 @@ def progress_line(record: dict[str, Any], total_steps: int, eta_s: float | None)
     parts.append(f"MaxVio {record['max_vio']:.2f}")
   if timing.get("mfu") is not None:
     parts.append(f"MFU {timing['mfu']:.0%}")
-  if record["bad_steps"]:
-    parts.append(f"skipped {record['bad_steps']}")
+  if record["skipped"]:
+    parts.append(f"skipped {record['skipped']}")
   return "  ".join(parts)
 
 

@@ -32,7 +32,7 @@ def write(workdir: Path, steps: int = 700, eval_every: int = 100, layers: int = 
         "bias_speed": 0.01 if step < 0.96 * steps else 0.0,
         "mtp_weight": 0.3 if step < 0.67 * steps else 0.1,
         "grad_norm": 0.6 + 5 * math.exp(-step / 20) + 0.1 * abs(rng.standard_normal()),
-        "max_vio": vio.max(), "max_vio_L": vio.tolist(), "batch_size": 8, "bad_steps": 0,
+        "max_vio": vio.max(), "max_vio_L": vio.tolist(), "batch_size": 8, "skipped": min(step, 3),
         "time": {"tokens_per_s": 5000 + 150 * rng.standard_normal(), "step_s": 0.4,
                  "mfu": 0.61, "elapsed_s": 0.41 * step}})
     if eval_every and step % eval_every == 0:

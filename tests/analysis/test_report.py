@@ -106,6 +106,7 @@ def test_numbers_are_those_of_the_files(finished):
   for content in (text, markdown):
     assert f"{evals[-1]['bits_per_byte']:.4f}" in content
     assert f"{evals[-1]['loss']:.3f}" in content
+    assert re.search(rf"skipped steps\W+{train[-1]['skipped']}\b", content)
     assert f"{np.mean([row['loss'] for row in train[-window:]]):.3f}" in content
     assert f"{np.median([row['time']['tokens_per_s'] for row in train]):,.0f}" in content
     for words in ("2.1300", "1.9200", "4.9000", "10,630,000", "0123456789abcdef", "3f1c9a2b77de",

@@ -129,7 +129,7 @@ def test_diverged(config, tmp_path, monkeypatch):
   with pytest.raises(train.loop.DivergedError, match=r"step 9.* 3 steps in a row.*step 4 is whole"):
     runs.run(config, tmp_path)
   steps = [r for r in runs.records(tmp_path) if r["kind"] == "train"]
-  assert [r["bad_steps"] for r in steps] == [0] * 6 + [1, 2]
+  assert [r["skipped"] for r in steps] == [0] * 6 + [1, 2]
   assert steps[-1]["grad_norm"] is None
 
 

@@ -64,11 +64,11 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
 
 def test_progress_line():
   """Oracle: the text, written out."""
-  record = {"step": 1200, "loss": 2.34567, "max_vio": 0.256, "bad_steps": 0,
+  record = {"step": 1200, "loss": 2.34567, "max_vio": 0.256, "skipped": 0,
             "time": {"tokens_per_s": 5123.4, "mfu": 0.624}}
   assert metrics.progress_line(record, 2000, 3725.0) == (
       "step 1,200/2,000  loss 2.3457  5,123 tok/s  ETA 1:02:05  MaxVio 0.26  MFU 62%")
-  broken = record | {"loss": None, "max_vio": None, "bad_steps": 2}
+  broken = record | {"loss": None, "max_vio": None, "skipped": 2}
   assert metrics.progress_line(broken, 2000, None) == (
       "step 1,200/2,000  loss nan  5,123 tok/s  MFU 62%  skipped 2")
 
