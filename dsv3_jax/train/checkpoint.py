@@ -79,8 +79,9 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 def _parts(state: TrainState) -> dict[str, Any]:
   """The state in the units that a reader may want apart."""
   counters = {"step": state.step, "bad_steps": state.bad_steps, "skipped": state.skipped}
-  return {"params": flatten(state.params), "buffers": flatten(state.buffers),
-          "optimizer": flatten({"state": state.opt_state, **counters})}
+  parts = {"params": flatten(state.params), "buffers": flatten(state.buffers),
+           "optimizer": flatten({"state": state.opt_state, **counters})}
+  return parts if state.amax is None else parts | {"amax": flatten(state.amax)}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -319,14 +320,19 @@ class Checkpoints:
     return None
 
   def _load(self, folder: str, meta: dict[str, Any], abstract: TrainState) -> Restored:
-    parts = _parts(abstract)
-    arrays = ocp.load_checkpointables(os.path.join(folder, "arrays"), parts)
+    parts, path = _parts(abstract), os.path.join(folder, "arrays")
+    fresh = {}
+    if "amax" in parts and "amax" not in os.listdir(path):  # written under another FP8 recipe
+      fresh["amax"] = {k: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+                       for k, x in parts.pop("amax").items()}
+    arrays = ocp.load_checkpointables(path, parts) | fresh
     optimizer = arrays["optimizer"]
     counters = {k: optimizer.pop(k) for k in ("step", "bad_steps", "skipped")}
     opt_state = unflatten({k.removeprefix("state/"): v for k, v in optimizer.items()},
                           abstract.opt_state)
     state = TrainState(unflatten(arrays["params"], abstract.params),
-                       unflatten(arrays["buffers"], abstract.buffers), opt_state, **counters)
+                       unflatten(arrays["buffers"], abstract.buffers), opt_state, **counters,
+                       amax=unflatten(arrays.get("amax", {}), abstract.amax))
     ema = None
     if os.path.isdir(os.path.join(folder, "ema")):
       ema = nest(_load_part(os.path.join(folder, "ema"), "params", np.asarray))

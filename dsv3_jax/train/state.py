@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from dsv3_jax import config
+from dsv3_jax.fp8 import delayed, recipe
 from dsv3_jax.model.routing import RouterBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel import sharding
@@ -32,6 +33,7 @@ class TrainState:
     step: int32, steps taken, skipped ones included.
     bad_steps: int32, skipped steps in a row up to now.
     skipped: int32, skipped steps of the whole run.
+    amax: history of delayed FP8 scaling (`fp8.delayed`); None under recipes that have none.
 
   Tokens seen are exact integers on the host (`schedules.BatchSchedule.tokens_before`): they
   outgrow int32, and the devices need only what the schedules make of them.
@@ -43,6 +45,7 @@ class TrainState:
   step: jax.Array
   bad_steps: jax.Array
   skipped: jax.Array
+  amax: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -75,16 +78,17 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
   return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
 
 
-def make_state(params: Any, buffers: Any,
-               optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first step."""
+def make_state(params: Any, buffers: Any, optimizer: optax.GradientTransformation,
+               runtime: config.Runtime = config.Runtime()) -> TrainState:
+  """The state before the first step; `runtime` tells whether FP8 scaling has a history."""
   zero = lambda: jnp.zeros([], jnp.int32)
-  return TrainState(params, buffers, optimizer.init(params), zero(), zero(), zero())
+  return TrainState(params, buffers, optimizer.init(params), zero(), zero(), zero(),
+                    delayed.init(params, recipe.resolve(runtime)))
 
 
 def initializer(
     build: Callable[[], nnx.Module], optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | None = None, runtime: config.Runtime = config.Runtime(),
 ) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
   """What is needed to begin or to restore a run.
 
@@ -92,6 +96,7 @@ def initializer(
     build: constructs the model; traced, never run eagerly.
     optimizer: of `optim.make_optimizer`.
     mesh: where the state lives, replicated; one device where None.
+    runtime: of the run.
 
   Returns:
     The graph definition, the abstract state (shapes, dtypes, shardings), and a function
@@ -101,7 +106,7 @@ def initializer(
 
   def init() -> TrainState:
     _, params, buffers = split(build())
-    return make_state(params, buffers, optimizer)
+    return make_state(params, buffers, optimizer, runtime)
 
   where = (jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh is None
            else sharding.replicated(mesh))

@@ -25,6 +25,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dsv3_jax import config
+from dsv3_jax.fp8 import delayed, weights
+from dsv3_jax.fp8.recipe import resolve
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import routing
 from dsv3_jax.parallel import mesh as mesh_lib
@@ -67,53 +69,67 @@ def update_biases(buffers: Any, counts_LE: jax.Array, speed: jax.Array) -> Any:
 
 def gradients(graphdef: nnx.GraphDef, cfg: config.Config, params: Any, buffers: Any, batch: Batch,
               hyper: Hyper, mesh: jax.sharding.Mesh | None = None,
-              loss_fn: Callable = loss_lib.loss_fn) -> tuple[Any, dict[str, jax.Array]]:
+              loss_fn: Callable = loss_lib.loss_fn, amax: Any = None
+              ) -> tuple[Any, dict[str, Any]]:
   """Gradients of the whole batch's loss, and its summed statistics (see `loss.loss_fn`).
+
+  Under an FP8 recipe the weights are quantized here, once for all micro-batches.
 
   Args:
     params, buffers: pure dictionaries, replicated.
     batch: arrays [A, B, T+1], B cut over the mesh axis `data`.
     hyper: `mtp_weight` and `micro_batches` are used.
     loss_fn: `loss.loss_fn` or a stand-in of its signature.
+    amax: from `delayed.assumed`, or None; the statistics' "amax" has the same form.
   """
+  recipe = resolve(cfg.runtime)
   axes = () if mesh is None else (mesh_lib.DATA,)
   shards = 1 if mesh is None else mesh.shape[mesh_lib.DATA]
 
-  def local(params, buffers, batch, hyper):
+  def local(params, buffers, batch, hyper, amax):
     static_micros = batch["tokens"].shape[0]
     micros = static_micros if hyper.micro_batches is None else hyper.micro_batches
     share = 1.0 / (micros * shards)
     denominator = _target_tokens(batch, micros, axes, shards)
-    params, buffers = sharding.varying((params, buffers), axes)
+    params, buffers, amax = sharding.varying((params, buffers, amax), axes)
+    prepared = weights.prepare(params, recipe)
 
     def micro_gradients(micro):
-      def total(params):
+      def total(params, amax):
+        if recipe is not None:
+          params = weights.with_masters(prepared, params, amax)
         model = nnx.merge(graphdef, params, buffers)
         return loss_fn(model, micro, loss=cfg.loss, mtp_weight=hyper.mtp_weight,
                        runtime=cfg.runtime, denominator=denominator, share=share, axes=axes)
 
-      (_, aux), grads = jax.value_and_grad(total, has_aux=True)(params)
-      return sharding.varying((grads, aux), axes)
+      (_, aux), (grads, found) = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+          params, amax)
+      return sharding.varying(((grads, aux), found), axes)
 
     if static_micros == 1:
-      grads, aux = micro_gradients(_slice(batch, 0))
+      sums, found = micro_gradients(_slice(batch, 0))
     else:
       shapes = jax.eval_shape(micro_gradients, _slice(batch, 0))
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
       zeros = sharding.varying(zeros, axes)
 
       def add(i, total):
-        return jax.tree.map(jnp.add, total, micro_gradients(_slice(batch, i)))
+        sums, found = micro_gradients(_slice(batch, i))
+        return (jax.tree.map(jnp.add, total[0], sums),
+                jax.tree.map(jnp.maximum, total[1], found))
 
-      grads, aux = jax.lax.fori_loop(0, micros, add, zeros)
-    return jax.lax.psum((grads, aux), axes) if axes else (grads, aux)
+      sums, found = jax.lax.fori_loop(0, micros, add, zeros)
+    if axes:
+      sums, found = jax.lax.psum(sums, axes), jax.lax.pmax(found, axes)
+    grads, aux = sums
+    return grads, aux | {"amax": found}
 
   if mesh is None:
-    return local(params, buffers, batch, hyper)
+    return local(params, buffers, batch, hyper, amax)
   rep = PartitionSpec()
-  specs = (rep, rep, sharding.batch_sharding(mesh).spec, rep)
+  specs = (rep, rep, sharding.batch_sharding(mesh).spec, rep, rep)
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rep)(
-      params, buffers, batch, hyper)
+      params, buffers, batch, hyper, amax)
 
 
 def make_train_step(
@@ -129,7 +145,8 @@ def make_train_step(
   """
 
   def train_step(state: TrainState, batch: Batch, hyper: Hyper):
-    grads, aux = gradients(graphdef, cfg, state.params, state.buffers, batch, hyper, mesh, loss_fn)
+    grads, aux = gradients(graphdef, cfg, state.params, state.buffers, batch, hyper, mesh, loss_fn,
+                           delayed.assumed(state.amax))
     with jax.named_scope("optimizer"):
       grad_norm = optax.tree.norm(grads)
       loss = aux["loss_sum"] / jnp.maximum(aux["tokens"], 1)
@@ -139,10 +156,12 @@ def make_train_step(
       params = jax.tree.map(jnp.add, state.params, updates)
       buffers = update_biases(state.buffers, aux["counts_LE"], hyper.bias_speed)
       select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-      params, buffers = select((params, buffers), (state.params, state.buffers))
+      amax = delayed.record(state.amax, aux["amax"])
+      params, buffers, amax = select((params, buffers, amax),
+                                     (state.params, state.buffers, state.amax))
     bad = ~good
     new = TrainState(params, buffers, opt_state, state.step + 1,
-                     jnp.where(bad, state.bad_steps + 1, 0), state.skipped + bad)
+                     jnp.where(bad, state.bad_steps + 1, 0), state.skipped + bad, amax)
     metrics = {
         "loss": loss,
         "mtp_loss": aux["mtp_loss_sum"] / jnp.maximum(aux["mtp_tokens"], 1),
