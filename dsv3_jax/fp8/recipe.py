@@ -141,15 +141,20 @@ RECIPES: dict[str, config.FP8] = {
 }
 
 
-def resolve(runtime: config.Runtime) -> Recipe | None:
-  """The recipe of a run, overrides applied; None where linear layers run in the compute dtype."""
-  if runtime.recipe == "none":
+def resolve(runtime: config.Runtime, held: bool = False) -> Recipe | None:
+  """The recipe of a run, overrides applied; None where linear layers run in the compute dtype.
+
+  `held`: the weights are FP8 as they were loaded. Then there is always a recipe, for they are
+  multiplied as they are; runtime.recipe=none leaves the activations alone in the compute dtype.
+  """
+  if runtime.recipe == "none" and not held:
     return None
-  merged = dataclasses.asdict(RECIPES[runtime.recipe])
+  merged = dataclasses.asdict(_uniform("compute") if runtime.recipe == "none" else
+                              RECIPES[runtime.recipe])
   merged |= {k: v for k, v in dataclasses.asdict(runtime.fp8).items() if v is not None}
   recipe = Recipe(**{k: parse(v) if isinstance(v, str) else v for k, v in merged.items()})
   plain = (None, runtime.compute_dtype)
   operands = [v for v in vars(recipe).values() if isinstance(v, Operand)]
-  if all(o.format is None and o.dtype in plain for o in operands):
+  if not held and all(o.format is None and o.dtype in plain for o in operands):
     return None
   return recipe

@@ -67,6 +67,11 @@ class MLA(nnx.Module):
     self.w_ukv_CHW = layers.normal_param(rngs, (C, H, a.nope_dim + a.v_dim), std, dtype)
     self.w_o_HUD = layers.normal_param(rngs, (H, a.v_dim, D), std, dtype)
 
+  @property
+  def held(self) -> bool:
+    """Whether the weights are quantized ones, prepared for a recipe or loaded as such."""
+    return isinstance(self.w_o_HUD[...], weights.Weight)
+
   def down(self, x_BTD: jax.Array, recipe: Recipe | None = None) -> tuple[jax.Array, jax.Array]:
     """What is made of the block's input: query latent [B, T, Q] and key-value latent [B, T, Z].
 
@@ -117,7 +122,7 @@ class MLA(nnx.Module):
     Returns:
       [B, T, D].
     """
-    recipe = resolve(runtime)
+    recipe = resolve(runtime, self.held)
     with jax.named_scope("mla_project"):
       first, z_BTZ = self.down(x_BTD, recipe)
       q_BTHK = self.queries(first, cos, sin, recipe)

@@ -118,7 +118,8 @@ class Transformer(nnx.Module):
     else:
       positions_BT = rope.positions_from_segments(segments_BT)
     cos, sin = rope.rope_table(self.cfg.attention, positions_BT)
-    moe_call = MoECall(valid_BT, balance, axes, runtime.gemm, resolve(runtime))
+    held = (self.moe if self.dense is None else self.dense).attn.held
+    moe_call = MoECall(valid_BT, balance, axes, runtime.gemm, resolve(runtime, held))
     call = BlockCall(cos, sin, segments_BT, moe_call, runtime)
 
     def step(block, x_BTD, _):

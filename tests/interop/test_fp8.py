@@ -1,5 +1,6 @@
 """FP8 folders: written in the released layout, kept as they are, saved again bit for bit."""
 
+import functools
 import json
 
 import jax
@@ -7,13 +8,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from safetensors import safe_open
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
 from dsv3_jax.interop import huggingface, safetensors_files
 from dsv3_jax.interop.names import slots
+from dsv3_jax.train import evaluate, sample
+from dsv3_jax.train import state as state_lib
 from tests.interop import oracle
+from tests.interop.cases import QUICK, TOKENS_BT, relative
 from tests.interop.oracle import BASE
 
 RELEASED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
@@ -187,3 +192,92 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match=words):
       huggingface.save(model, tmp_path / "out", **arguments)
   assert not (tmp_path / "out").exists()
+
+
+# --- computing from kept weights ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+  """(c, block) -> the folder's dequantized tensors and both of its models, kept and dequantized."""
+
+  @functools.cache
+  def build(key):
+    c, block = {"square": (SMALL, (16, 16)), "ragged": (SMALL | dict(q_lora_rank=None), (12, 7)),
+                "released": (WIDE, (128, 128))}[key]
+    tensors = released(c, block, 8)
+    folder = oracle.write_folder(tmp_path_factory.mktemp(key) / "m", quantized_config(c, block),
+                                 tensors)
+    plain = {n: t.astype(np.float32) for n, t in oracle.dequantize(tensors, block).items()}
+    return c, plain, huggingface.load(folder, quantized="keep"), huggingface.load(folder)
+
+  return build
+
+
+def outputs(model, **runtime):
+  graphdef, state = nnx.split(model)
+  call = lambda state: nnx.merge(graphdef, state)(TOKENS_BT, runtime=config.Runtime(**runtime))
+  return jax.jit(call, compiler_options=QUICK)(state)
+
+
+@pytest.mark.parametrize("key", ["square", "ragged", "released"])
+def test_logits_of_kept_weights(key, pair):
+  """Oracle: the report's equations in float64 on code * scale. Weights rounded to bf16 on the way
+  would miss by 1e-3."""
+  c, tensors, kept, _ = pair(key)
+  logits, mtp = oracle.forward(c, tensors, TOKENS_BT)
+  out = outputs(kept)
+  assert relative(out.logits_BTV, logits) < 2e-5
+  assert relative(out.mtp_logits[0][:, :-1], mtp) < 2e-5
+
+
+def test_kept_weights_under_the_recipe(pair):
+  """Law: under `v3` kept weights give what the dequantized ones, quantized again, give; and the
+  recipe is in force, activations being quantized too."""
+  _, _, kept, plain = pair("released")
+  a, b = (outputs(model, recipe="v3").logits_BTV for model in (kept, plain))
+  assert relative(a, b) < 1e-5
+  assert relative(a, outputs(kept).logits_BTV) > 1e-3
+
+
+def shapes_in(jaxpr, dtype):
+  """Shapes of everything that a jaxpr makes in a dtype, its inner ones included."""
+  found = set()
+  for eqn in jaxpr.eqns:
+    found |= {v.aval.shape for v in eqn.outvars if getattr(v.aval, "dtype", None) == dtype}
+    for inner in jaxprs_in_params(eqn.params):
+      found |= shapes_in(inner, dtype)
+  return found
+
+
+def test_no_weight_is_ever_bfloat16(pair):
+  """Law: with bf16 activations no array of a weight's shape is bf16; dequantized ones are."""
+  _, _, kept, plain = pair("released")
+  w = kept.dense.ffn.w_up_DF[...].fprop.shape[1:], kept.moe.ffn.w_up_EDF[...].fprop.shape[1:]
+  made = []
+  for model in (kept, plain):
+    graphdef, state = nnx.split(model)
+    jaxpr = jax.make_jaxpr(lambda s, g=graphdef: nnx.merge(g, s)(
+        TOKENS_BT, runtime=config.Runtime(compute_dtype="bfloat16")).logits_BTV)(state)
+    made.append(shapes_in(jaxpr.jaxpr, jax.numpy.bfloat16))
+  assert not made[0] & set(w) and set(w) <= made[1]
+
+
+def test_evaluation_and_sampling(pair, monkeypatch):
+  """Law: both give the numbers and tokens of the dequantized model."""
+  monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+  c, _, kept, plain = pair("square")
+  cfg = config.replace(config.Config(), **{"model": kept.cfg, "data.sequence_length": 23})
+  batch = {"tokens": TOKENS_BT.astype(np.int32)}
+  found = []
+  for model in (kept, plain):
+    graphdef, params, buffers = state_lib.split(model)
+    sums = evaluate.make_evaluate(graphdef, cfg)(params, buffers, batch)
+    sampler = sample.make_sampler(graphdef, cfg.runtime)
+    tokens = sample.generate(sampler, params, buffers, [[1, 2, 3], [4]], steps=6)
+    found.append((sums, tokens))
+  (a, tokens_a), (b, tokens_b) = found
+  assert float(a["loss_sum"]) == pytest.approx(float(b["loss_sum"]), rel=1e-5)
+  assert float(a["mtp_loss_sum"][0]) == pytest.approx(float(b["mtp_loss_sum"][0]), rel=1e-5)
+  np.testing.assert_array_equal(a["counts_LE"], b["counts_LE"])
+  assert tokens_a == tokens_b
