@@ -25,8 +25,8 @@ def get_config(arg: str | None = None) -> Config:
           lr_last_from=0.97, lr_last=7e-5,
           ema_decay=0.98, ema_every=5),
       # The report's gamma of 0.001 needs thousands of steps to move a bias as far as it must go;
-      # here there are under 700.
-      loss=Loss(bias_speed=1e-2, bias_until=0.966, mtp_late_from=0.67),
+      # here there are 391.
+      loss=Loss(bias_speed=5e-3, bias_until=0.966, mtp_late_from=0.67),
       data=Data(sequence_length=256, batch_size=8),
       train=Train(tokens=8e5, eval_every=100, checkpoint_every=200))
   if arg is None:

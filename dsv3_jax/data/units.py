@@ -1,9 +1,10 @@
 """Units: the stretches of text that are shuffled, dealt out and held out.
 
-A unit is a document, except that a very long one is cut into several, so that a corpus of a few
-long files can be shuffled at all. The split into training and validation is by hash of a document's
-text, so that it does not depend on order, and a text never falls on both sides. Only where that
-leaves one side empty (a single file, say) are parts of documents held out instead.
+A unit is a document, except that a long one is cut into several: a row of the batch reads its units
+one after another, and steps that follow each other should not show it the same text for long. The
+split into training and validation is by hash of a document's text, so that it does not depend on
+order, and a text never falls on both sides. Only where that leaves one side empty (a single file,
+say) are parts of documents held out instead.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import numpy as np
 
 from dsv3_jax.data.shards import Shards
 
-LARGEST = 2**15  # tokens of a unit; longer where a sequence is longer
+SEQUENCES = 4  # longest training unit: longer ones would fill a row of many batches with one text
 FEWEST = 64  # units that a corpus of few documents is cut into, if its length allows
 PARTS = 256  # parts that a corpus is cut into where whole documents cannot be held out
 
@@ -85,8 +86,8 @@ def split(units: Units, fraction: float) -> tuple[Units, Units, bool]:
 
 
 def longest(units: Units, sequence_length: int) -> int:
-  """Where to cut training units: no further than a bounded length and enough units ask for."""
-  limit = max(LARGEST, sequence_length)
+  """Where to cut training units: at a few sequences, shorter where the units would be too few."""
+  limit = SEQUENCES * sequence_length
   while limit // 2 >= sequence_length and (-(-units.length // limit)).sum() < FEWEST:
     limit //= 2
   return limit

@@ -84,11 +84,11 @@ def training_texts(corpus_, texts, fraction):
 
 def test_an_epoch_holds_each_training_document_once_and_no_token_is_lost(corpus, texts, tokenizer):
   """Oracle: the texts that were written to disk, split by their hash."""
-  made = corpus()
+  made = corpus(sequence_length=256)  # so long that no document is cut
   wanted = training_texts(made, texts, 0.2)
-  batches = take(made.train_iterator(constant), 1500)
+  batches = take(made.train_iterator(constant), 190)
   per_lane = [split_documents(s, tokenizer) for s in streams(batches)]
-  assert len(wanted) >= units.FEWEST  # so that documents are not cut
+  assert len(wanted) >= units.FEWEST
   assert all(len(lane) > 2 * len(wanted) / 4 + 1 for lane in per_lane)
   order = [plain(per_lane[i % 4][i // 4], tokenizer) for i in range(2 * len(wanted))]
   first, second = order[:len(wanted)], order[len(wanted):]
@@ -98,7 +98,7 @@ def test_an_epoch_holds_each_training_document_once_and_no_token_is_lost(corpus,
 
 def test_rates_of_rearranged_documents_and_cut_tokens(corpus, tokenizer):
   """Oracle: binomial law at the configured rate (4 standard deviations); rate 0 gives none."""
-  documents = [d for s in streams(take(corpus().train_iterator(constant), 1500))
+  documents = [d for s in streams(take(corpus(sequence_length=256).train_iterator(constant), 190))
                for d in split_documents(s, tokenizer)]
   share = np.mean([d[1] == tokenizer.fim_begin for d in documents])
   assert len(documents) > 200 and abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / len(documents))
@@ -119,6 +119,21 @@ def test_rates_of_rearranged_documents_and_cut_tokens(corpus, tokenizer):
   (whole, size), (left, same_size) = share_of_fused(0.0), share_of_fused(0.3)
   assert size == same_size and whole > 1000
   assert abs(left / whole - 0.7) < 4 * np.sqrt(0.3 * 0.7 / whole)
+
+
+def test_a_row_leaves_a_document_after_four_sequences(corpus, texts, tokenizer):
+  """Law: an epoch of cut documents holds every token once, in units of at most four sequences."""
+  made = corpus(fim_rate=0.0, split_rate=0.0)
+  T = made.train_iterator(constant)._recipe.data.sequence_length
+  documents = loader.Documents(made.train_iterator(constant)._recipe)
+  count = len(documents._units)
+  parts = [documents.tokens(i % 4, (i // 4,)).tolist() for i in range(count)]
+  wanted = training_texts(made, texts, 0.2)
+  assert count > 2 * len(wanted) and max(map(len, parts)) <= units.SEQUENCES * T + 2
+  special = (tokenizer.bos, tokenizer.eos)
+  got = sorted(t for part in parts for t in part if t not in special)
+  assert got == sorted(t for text in wanted for t in tokenizer.encode(text))
+  assert sum(part.count(tokenizer.bos) for part in parts) == len(wanted)
 
 
 @pytest.mark.parametrize("isolate", [False, True])
