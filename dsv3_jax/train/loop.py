@@ -152,6 +152,13 @@ class _Trainer:
     self.ema = (HostEma(cfg.optim.ema_decay, cfg.optim.ema_every, ema, ema_updates)
                 if cfg.optim.ema_decay else None)
     self.metrics = metrics_lib.Metrics(workdir.path, self.step, config_lib.to_dict(cfg))
+    if workdir.changed and self.step:
+      self.metrics.write({"kind": "config", "step": self.step, "changed": workdir.changed})
+      ui.note("changed since the last start: " + ", ".join(
+          f"{key} from {old} to {new}" for key, (old, new) in workdir.changed.items()))
+    if cfg.optim.warmup_steps >= self.schedule.total_steps:
+      ui.note(f"warning: optim.warmup_steps={cfg.optim.warmup_steps} leaves none of the run's "
+              f"{self.schedule.total_steps} steps at optim.lr={cfg.optim.lr:g}; lower it")
     self.last_eval: dict[str, Any] | None = None
     self.saved = self.step if restored is not None else -1
     self.was_finished = self.step >= self.schedule.total_steps
@@ -207,9 +214,10 @@ class _Trainer:
       raise DivergedError(
           f"stopped at step {host['step']}: the loss or the gradient was not finite "
           f"{int(found['bad_steps'])} steps in a row (train.max_bad_steps). The parameters were "
-          "left as they were before; lower optim.lr, lengthen optim.warmup_steps or look at the "
-          f"data. " + (f"The checkpoint of step {last[0]} is whole." if last
-                       else "No checkpoint was written yet."))
+          "left as they were before. Look at the data, or lower optim.lr or lengthen "
+          "optim.warmup_steps in a new --workdir. " +
+          (f"The checkpoint of step {last[0]} is whole." if last
+           else "No checkpoint was written yet."))
     if host["step"] % self.cfg.train.log_every and host["step"] != self.schedule.total_steps:
       return
     rate = host["batch_size"] * self.cfg.data.sequence_length / seconds

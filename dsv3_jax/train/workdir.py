@@ -4,13 +4,15 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from typing import Any
 
 from dsv3_jax import config, files
 
-# Keys that may change when a run is resumed: they change neither the parameters' trajectory nor
-# what a checkpoint holds. train.tokens may not: the schedules' milestones are shares of it, so a
-# run whose length changed half-way would follow the schedule of neither length.
+# Keys that may change when a run is resumed: what a checkpoint holds does not depend on them. Some
+# of `runtime` change the numbers, so that each change is said and kept in metrics.jsonl.
+# train.tokens may not change: the schedules' milestones are shares of it, so a run whose length
+# changed half-way would follow the schedule of neither length.
 FREE = ("runtime", "data.workers", "data.prefetch", "train.log_every", "train.eval_every",
         "train.eval_batches", "train.checkpoint_every", "train.keep_last", "train.keep_best",
         "train.max_bad_steps", "train.profile_from", "train.profile_steps",
@@ -30,18 +32,26 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
           for k, v in _flat(value, f"{prefix}.{name}" if prefix else name).items()}
 
 
-def differences(old: config.Config, new: config.Config) -> dict[str, tuple[Any, Any]]:
-  """Dotted keys whose values differ and may not, with both values."""
+Differences = dict[str, tuple[Any, Any]]
+
+
+def differences(old: config.Config, new: config.Config) -> tuple[Differences, Differences]:
+  """Dotted keys whose values differ, with both values: those that may not, and those that may."""
   a, b = _flat(config.to_dict(old)), _flat(config.to_dict(new))
-  free = lambda key: any(key == f or key.startswith(f + ".") for f in FREE)
-  return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys())
-          if a.get(k) != b.get(k) and not free(k)}
+  found = {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+  free = {k: v for k, v in found.items()
+          if any(k == f or k.startswith(f + ".") for f in FREE)}
+  return {k: v for k, v in found.items() if k not in free}, free
 
 
 class Workdir:
   """Claims a workdir for this process and this config; a context manager.
 
-  Makes the folder, takes its lock, checks the config that made it, writes `config.json`.
+  Makes the folder, takes its lock, removes what a killed process left half-written, checks the
+  config that made the folder, writes `config.json`.
+
+  Attributes:
+    changed: keys that changed since the folder was last trained in, with both values.
 
   Raises:
     WorkdirError: the folder cannot be made or written, another process is training in it, or
@@ -50,6 +60,7 @@ class Workdir:
 
   def __init__(self, path: str, cfg: config.Config):
     self.path = os.path.abspath(os.path.expanduser(path))
+    self.changed: Differences = {}
     self._config = cfg
     self._lock: Any = None
 
@@ -64,6 +75,7 @@ class Workdir:
       why = "it is a file" if os.path.isfile(self.path) else e.strerror
       raise WorkdirError(f"cannot write to workdir {self.path}: {why}; give a --workdir that can "
                          "be made and written") from e
+    locked = True
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -71,8 +83,10 @@ class Workdir:
       raise WorkdirError(f"another process is training in {self.path}; wait for it, stop it, or "
                          "give another --workdir") from e
     except OSError:
-      pass  # a file system without locks
+      locked = False  # a file system without locks
     try:
+      if locked:
+        self._remove_leftovers()
       self._check()
       files.write_atomic(self.file("config.json"), config.to_json(self._config) + "\n")
     except OSError as e:
@@ -86,11 +100,24 @@ class Workdir:
   def __exit__(self, *unused) -> None:
     self._lock.close()
 
-  def _started(self) -> bool:
-    """Whether the folder holds a step of training."""
+  def _remove_leftovers(self) -> None:
+    """Files and shard folders under the names that they have while they are written."""
+    for folder in (self.path, self.file("data")):
+      for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.endswith(".tmp") and (name.startswith(".") or folder != self.path):
+          path = os.path.join(folder, name)
+          shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+
+  def _bound(self, differing: Differences) -> Differences:
+    """Those of the differences that what is in the folder forbids."""
     metrics, checkpoints = self.file("metrics.jsonl"), self.file("checkpoints")
-    return (os.path.exists(metrics) and os.path.getsize(metrics) > 0
-            or os.path.isdir(checkpoints) and any(n.isdigit() for n in os.listdir(checkpoints)))
+    names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+    steps = {int(name) for name in names if name.isdigit()}
+    if any(steps) or (os.path.exists(metrics) and os.path.getsize(metrics) > 0):
+      return differing
+    # Nothing was trained: a mistake in the config ended that start, and it is being corrected. The
+    # parameters of a converted model, in a checkpoint of step 0, still have their shapes.
+    return {k: v for k, v in differing.items() if steps and k.startswith("model.")}
 
   def _check(self) -> None:
     path = self.file("config.json")
@@ -102,13 +129,11 @@ class Workdir:
     except (config.ConfigError, json.JSONDecodeError) as e:
       raise WorkdirError(f"{path} is not a config of this version ({e}); give another --workdir, "
                          "or remove this one") from e
-    differing = differences(old, self._config)
-    if differing and not self._started():
-      # Nothing was trained: a mistake in the config ended that start, and it is being corrected.
-      if any(key.startswith(_TOKENIZER) for key in differing):
-        with contextlib.suppress(FileNotFoundError):
-          os.unlink(self.file("tokenizer.json"))
-    elif differing:
-      lines = [f"  {k}: {a!r} there, {b!r} now" for k, (a, b) in differing.items()]
+    differing, self.changed = differences(old, self._config)
+    if bound := self._bound(differing):
+      lines = [f"  {k}: {a!r} there, {b!r} now" for k, (a, b) in bound.items()]
       raise WorkdirError(f"workdir {self.path} was made by another config:\n" + "\n".join(lines) +
                          "\nGive another --workdir, or set these back to go on with this one.")
+    if any(key.startswith(_TOKENIZER) for key in differing):
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(self.file("tokenizer.json"))

@@ -126,7 +126,8 @@ def test_diverged(config, tmp_path, monkeypatch):
     return train_step
 
   monkeypatch.setattr(loop.step_lib, "make_train_step", poisoned)
-  with pytest.raises(train.loop.DivergedError, match=r"step 9.* 3 steps in a row.*step 4 is whole"):
+  with pytest.raises(train.loop.DivergedError, match=(
+      r"step 9.* 3 steps in a row.*in a new --workdir.*step 4 is whole")):
     runs.run(config, tmp_path)
   steps = [r for r in runs.records(tmp_path) if r["kind"] == "train"]
   assert [r["skipped"] for r in steps] == [0] * 6 + [1, 2]
@@ -159,13 +160,19 @@ def test_profile(config, tmp_path):
   assert steps == {"2", "3"}
 
 
-def test_profile_of_steps_that_never_come_is_said(config, tmp_path):
-  """Oracle: the note, for steps beyond the end and behind a resumed run; nothing is captured."""
+def test_what_a_config_does_unseen_is_said(config, tmp_path):
+  """Oracle: the notes: a profile beyond the end and behind a resumed run, with nothing captured; a
+  warm-up without end; a key that changed on the way, in the metrics too."""
   for first, ui in ((6, runs.Interrupt(2)), (1, runs.Notes())):
-    changes = {"train.tokens": 64 * 5, "train.eval_every": 0, "train.profile_from": first}
+    changes = {"train.tokens": 64 * 5, "train.eval_every": 0, "train.profile_from": first,
+               "optim.warmup_steps": 5}
     runs.run(config_lib.replace(config, **changes), tmp_path, ui)
     assert any(f"train.profile_from={first} is not among the steps to come, " in n and
                "to 5" in n for n in ui.notes)
+    assert any("optim.warmup_steps=5 leaves none of the run's 5 steps" in n for n in ui.notes)
+  assert "changed since the last start: train.profile_from from 6 to 1" in ui.notes
+  record, = (r for r in runs.records(tmp_path) if r["kind"] == "config")
+  assert record["changed"] == {"train.profile_from": [6, 1]} and 2 <= record["step"] < 5
   assert not (tmp_path / "profile").exists()
 
 

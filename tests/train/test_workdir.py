@@ -3,6 +3,8 @@
 import pytest
 
 from dsv3_jax import config
+from dsv3_jax.data import shards
+from dsv3_jax.data import tokenizer as tokenizer_lib
 from dsv3_jax.train import workdir
 
 
@@ -39,14 +41,45 @@ def test_a_start_that_failed_binds_nobody(tmp_path, changes, kept):
     pass
 
 
+def test_a_converted_model_binds_its_shapes_alone(tmp_path):
+  """Oracle: a workdir with a checkpoint of step 0 and nothing trained, as `convert` makes it."""
+  with workdir.Workdir(str(tmp_path), config.Config()):
+    (tmp_path / "checkpoints" / "00000000").mkdir(parents=True)
+  other = config.replace(config.Config(), **{"optim.lr": 1.0, "data.batch_size": 16})
+  with workdir.Workdir(str(tmp_path), other):
+    pass
+  wider = config.replace(other, **{"model.dim": 512, "optim.lr": 2.0})
+  with pytest.raises(workdir.WorkdirError, match="model.dim: 256 there, 512 now") as error, \
+      workdir.Workdir(str(tmp_path), wider):
+    pass
+  assert "optim.lr" not in str(error.value)
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path):
+  """Oracle: the names that files and shards have while they are written; nothing else goes."""
+  tokenizer, folder = tokenizer_lib.train(["some text"], 264), tmp_path / "data" / "abc"
+  folder.parent.mkdir()
+  writer = shards.Writer(str(folder), tokenizer)  # never finished
+  writer.add([9, 10], b"ab")
+  (tmp_path / ".config.json.1x.tmp").write_text("{")
+  (tmp_path / "mine.tmp").write_text("")
+  (tmp_path / "data" / "whole").mkdir()
+  assert len(list(folder.parent.iterdir())) == 2
+  with workdir.Workdir(str(tmp_path), config.Config()):
+    pass
+  assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.json", "data", "mine.tmp"]
+  assert [p.name for p in folder.parent.iterdir()] == ["whole"]
+
+
 def test_free_keys_may_change(tmp_path):
   """Oracle: the same workdir opens, and config.json holds what is in force now."""
   with workdir.Workdir(str(tmp_path), config.Config()):
     pass
   new = config.replace(config.Config(), **{"train.eval_every": 7, "runtime.mesh.data": 2,
-                                           "data.workers": 0})
-  with workdir.Workdir(str(tmp_path), new):
-    pass
+                                           "data.workers": 3})
+  with workdir.Workdir(str(tmp_path), new) as again:
+    assert again.changed == {"data.workers": (0, 3), "runtime.mesh.data": (1, 2),
+                             "train.eval_every": (200, 7)}
   assert config.from_json((tmp_path / "config.json").read_text()) == new
 
 
