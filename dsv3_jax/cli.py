@@ -164,6 +164,8 @@ def _tokenize(args: argparse.Namespace) -> int:
   if sys.stderr.isatty() and last[0]:
     print(file=sys.stderr)
   tokens = sum(made.index["shards"])
+  if made.index.get("skipped"):
+    print(f"left out: {tokenize.counts(made.index['skipped'])}")
   print(f"{args.out}: {len(made):,} documents, {tokens:,} tokens; use it with "
         f"--config.data.sources=shards:{args.out}")
   return 0

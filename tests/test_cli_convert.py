@@ -146,6 +146,8 @@ def test_tokenize_makes_shards_that_decode_to_the_text(tmp_path, capsys):
   texts = [f"line {i} of a text\n" * 200 for i in range(3)]
   for i, text in enumerate(texts):
     (tmp_path / f"{i}.txt").write_text(text)
+  (tmp_path / "empty.txt").touch()
+  (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
   out = str(tmp_path / "corpus")
   words = ["tokenize", f"--out={out}", "--vocab-size=300", str(tmp_path / "*.txt")]
   assert cli.run(words) == 0
@@ -155,6 +157,7 @@ def test_tokenize_makes_shards_that_decode_to_the_text(tmp_path, capsys):
   total = sum(len(made.tokens(i)) for i in range(len(made)))
   stdout = capsys.readouterr().out
   assert f"3 documents, {total:,} tokens" in stdout
+  assert "left out: 1 badly encoded, 1 empty" in stdout
   assert f"shards:{out}" in stdout
 
 

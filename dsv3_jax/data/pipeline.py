@@ -62,6 +62,15 @@ class Corpus:
         raise ConfigError(f"data.sources: {data.sources[i]!r} has no training document; lower "
                           f"data.validation_fraction={data.validation_fraction} or add documents")
 
+  def describe(self) -> str:
+    """The summary as one line."""
+    s = self.summary
+    parts = [f"{s['documents']:,} documents, {s['tokens']:,} tokens, "
+             f"{s['validation_tokens']:,} of them held out"]
+    if s["skipped"]:
+      parts.append(f"left out: {tokenize.counts(s['skipped'])}")
+    return "; ".join(parts + [s["note"]] * bool(s["note"]))
+
   def train_iterator(self, batch_schedule: Callable[[int], int], process_index: int = 0,
                      process_count: int = 1):
     """Endless training batches: a `loader.TrainIterator`, restartable at any step."""

@@ -58,6 +58,7 @@ class Source:
   spec: str
   kind: str  # files, hf or shards
   files: tuple[File, ...] = ()
+  left_out: tuple[tuple[str, int], ...] = ()  # reason and number of files that are not in `files`
 
   @property
   def size(self) -> int:
@@ -110,11 +111,13 @@ def resolve(spec: str, max_document_bytes: int) -> Source:
   for path in paths:
     stat = os.stat(path)
     files.append(File(path, stat.st_size, stat.st_mtime_ns, named))
-  files = tuple(f for f in files if _usable(f, max_document_bytes))
+  unusable = [_unusable(f, max_document_bytes) for f in files]
+  files = tuple(f for f, reason in zip(files, unusable, strict=True) if not reason)
   if not files:
     raise ConfigError(f"data.sources: {spec!r} has no text: its {len(paths)} files are empty or "
                       "binary")
-  return Source(spec, "files", files)
+  left_out = collections.Counter(reason for reason in unusable if reason)
+  return Source(spec, "files", files, tuple(sorted(left_out.items())))
 
 
 def documents(source: Source, text_key: str, max_document_bytes: int,
@@ -134,6 +137,7 @@ def documents(source: Source, text_key: str, max_document_bytes: int,
     ConfigError: a bad record, a named file that is no UTF-8 text, a document over the limit.
   """
   skipped = collections.Counter() if skipped is None else skipped
+  skipped.update(dict(source.left_out))
   if source.kind == "hf":
     yield from _hf_documents(source.spec, text_key, max_document_bytes, skipped)
     return
@@ -180,28 +184,28 @@ def _need(package: str, what: str) -> None:
                       f"installed; pip install {package}")
 
 
-def _usable(file: File, max_document_bytes: int) -> bool:
-  """Whether a file is worth reading; errors for what must not be passed over."""
+def _unusable(file: File, max_document_bytes: int) -> str:
+  """Why a file need not be read, or ""; errors for what must not be passed over."""
   if file.size == 0:
     if file.named:
       raise ConfigError(f"data.sources: {file.path} is empty")
-    return False
+    return "empty"
   if file.kind == ".parquet":
     _need("pyarrow", file.path)
-    return True
+    return ""
   if file.path.endswith(".zst"):
     _need("zstandard", file.path)
   if file.kind in RECORDS or _uncompressed(file.path) != file.path:
-    return True
+    return ""
   if file.size <= max_document_bytes:
-    return True
+    return ""
   try:
     with open(file.path, "rb") as f:
       head = f.read(_SNIFF)
   except OSError as error:
     raise ConfigError(f"data.sources: {file.path} cannot be read: {error}") from None
   if b"\0" in head and not file.named:
-    return False
+    return "binary"
   raise _too_long(file.path, f"{file.size:,} bytes", max_document_bytes)
 
 

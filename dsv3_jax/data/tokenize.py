@@ -4,7 +4,7 @@ import collections
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def tokenize(specs: Sequence[str | sources.Source], tokenizer: Tokenizer | str, 
         progress("tokenizing", done, total)
     if not done:
       raise ConfigError(f"data.sources: {', '.join(s.spec for s in resolved)} gave no text "
-                        f"({_counts(skipped)})")
+                        f"({counts(skipped) or 'no documents'})")
     return writer.finish(made_from=made_from, skipped=dict(skipped),
                          sources=[s.spec for s in resolved])
 
@@ -178,5 +178,6 @@ def _encode(batch: list[sources.Document], tokenizer: Tokenizer) -> Iterator[np.
     at += len(parts)
 
 
-def _counts(skipped: collections.Counter) -> str:
-  return ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "no documents"
+def counts(skipped: Mapping[str, int]) -> str:
+  """What was left out, for a person: "2 binary, 1 empty"."""
+  return ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))

@@ -481,6 +481,7 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
 
         corpus = pipeline.prepare(config.data, config.model.vocab_size, folder.path,
                                   _preparing(ui))
+        ui.note(corpus.describe())
       trainer = _Trainer(config, folder, corpus, ui)
       ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
               f"{trainer.schedule.total_steps:,} steps of {config.data.batch_size} x "

@@ -305,7 +305,10 @@ def test_a_single_file_is_shuffled_and_partly_held_out(tmp_path, tokenizer):
   data = dataclasses.replace(BASE, sources=(str(tmp_path / "one.txt"),), fim_rate=0.0,
                              validation_fraction=0.05, isolate=False)
   made = pipeline.prepare(data, 300, str(tmp_path / "w"))
-  assert "parts of documents are held out" in made.summary["note"]
+  held, total = (made.summary[k] for k in ("validation_tokens", "tokens"))
+  assert made.describe() == (
+      f"1 documents, {total:,} tokens, {held:,} of them held out; too few documents to hold some "
+      "out: parts of documents are held out")
   held = made.validation_text().decode()
   assert 0.01 < len(held) / len("".join(lines)) < 0.15
   batch = next(made.train_iterator(constant))["tokens"][0]

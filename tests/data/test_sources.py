@@ -34,7 +34,7 @@ def test_a_folder_is_read_in_order_without_hidden_binary_bad_and_empty_files(tmp
   skipped = collections.Counter()
   found = [(os.path.relpath(d.name, tmp_path), d.text) for d in read(tmp_path, skipped=skipped)]
   assert found == [("a.md", "naïve 東京\n"), ("c.txt.gz", "packed é"), ("b/z.txt", "zed\r\nline")]
-  assert skipped == {"binary": 1, "badly encoded": 1}
+  assert skipped == {"binary": 2, "badly encoded": 1, "empty": 1}
   assert {os.path.relpath(d.name, tmp_path) for d in read(tmp_path / "**" / "*.txt")} == {"b/z.txt"}
   mixed = read(tmp_path, mixed=True)
   assert sorted(d.text for d in mixed) == sorted(t for _, t in found)

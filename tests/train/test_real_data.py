@@ -18,6 +18,7 @@ def config(tmp_path_factory):
   folder = tmp_path_factory.mktemp("corpus")
   for i in range(60):
     (folder / f"{i:02d}.txt").write_text(make_text(i, 60), encoding="utf-8")
+  (folder / "picture").write_bytes(b"\0\1\2")
   return fakes.small_config(**{
       "model.vocab_size": 320, "data.sources": (str(folder),), "data.fim_rate": 0.5,
       "data.split_rate": 0.5, "data.validation_fraction": 0.2, "data.batch_size": 4,
@@ -45,7 +46,9 @@ def test_an_interrupted_run_on_real_data(config, finished, tmp_path):
   assert {r["batch_size"] for r in steps} == {2, 4} and len(steps) > 8
   assert all(r["batch_balance"] > 0 and r["expert_balance"] > 0 and "balance" not in r
              for r in steps)
-  ends = [_run(config, tmp_path, runs.Interrupt(step)).step for step in (2, 6)]
+  ui = runs.Interrupt(2)
+  ends = [_run(config, tmp_path, ui).step, _run(config, tmp_path, runs.Interrupt(6)).step]
+  assert "60 documents, " in ui.notes[0] and "left out: 1 binary" in ui.notes[0]
   assert 2 <= ends[0] < 6 <= ends[1] < len(steps)
   assert _run(config, tmp_path).finished
   runs.assert_same(finished, tmp_path)
