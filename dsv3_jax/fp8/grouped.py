@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax import ops
-from dsv3_jax.fp8 import accumulate
+from dsv3_jax.fp8 import accumulate, probe
 from dsv3_jax.fp8.linear import again, gradient, load, measured, same_form, save, scaled, shell
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.fp8.recipe import Operand, Recipe
@@ -50,6 +50,11 @@ def experts(x_PD: jax.Array, gate_PA: jax.Array, w_gate, w_up, w_down, plan: Any
     recipe: formats of all operands.
     impl: of `ops.grouped_gemm`.
   """
+  if isinstance(w_gate, probe.Probed):
+    x_MD = spread(x_PD, plan)
+    gate_MF, up_MF = (probe.grouped(x_MD, w, plan, impl) for w in (w_gate, w_up))
+    h_MF = _hidden(gate_MF, up_MF, _gates(gate_PA, plan, x_PD.dtype))
+    return collect(probe.grouped(h_MF, w_down, plan, impl), plan, x_PD.dtype)
   ws = tuple(w if isinstance(w, Weight) else bare(w, 1, 1) for w in (w_gate, w_up, w_down))
   return _experts(recipe, impl, x_PD, gate_PA, ws, plan)
 

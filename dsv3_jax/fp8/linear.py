@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import ops
-from dsv3_jax.fp8 import accumulate
+from dsv3_jax.fp8 import accumulate, probe
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.fp8.recipe import Operand, Recipe
 from dsv3_jax.fp8.weights import Held, Weight, bare, hold, quantized, value
@@ -136,6 +136,8 @@ def linear(x: jax.Array, ws: tuple[Weight | jax.Array, ...], recipe: Recipe, inn
   Returns:
     [..., *O] each, in the dtype of `x`.
   """
+  if isinstance(ws[0], probe.Probed):
+    return probe.linear(x, ws, inner)
   ws = tuple(w if isinstance(w, Weight) else bare(w, inner) for w in ws)
   for w in ws:
     if w.inputs != x.shape[x.ndim - inner:]:
@@ -235,6 +237,8 @@ def feed_forward(x: jax.Array, w_gate, w_up, w_down, recipe: Recipe) -> jax.Arra
 
   Kept for the backward pass: the quantized x, and the SwiGLU's two inputs as `swiglu_cache` says.
   """
+  if isinstance(w_gate, probe.Probed):
+    return probe.feed_forward(x, w_gate, w_up, w_down)
   ws = tuple(w if isinstance(w, Weight) else bare(w, 1) for w in (w_gate, w_up, w_down))
   return _feed_forward(recipe, x.reshape(-1, x.shape[-1]), ws).reshape(x.shape)
 
