@@ -45,6 +45,11 @@ def _dispatch(op: str, impl: str, implementations: dict[str, Callable], auto: tu
   raise NotImplementedError(f"{op}: none of {', '.join(auto)} takes this call")
 
 
+def varying_zeros(shape: tuple[int, ...], dtype, *like: jax.Array) -> jax.Array:
+  """Zeros to start a loop's carry with, varying over every mesh axis that one of `like` does."""
+  return vma.zeros(shape, dtype, *like)
+
+
 def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
               segments_BT: jax.Array | None = None, impl: str = "auto", block: int = 0
               ) -> jax.Array:
@@ -133,7 +138,7 @@ def fp8_grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax
                       groups: int, *, impl: str = "auto") -> jax.Array:
   """The weight gradient of `fp8_grouped_gemm`, fp32 [G, K, N]: a sum over each group's blocks."""
   x_MK, dy_MN = scaled.dequantize(x_MK), scaled.dequantize(dy_MN)
-  w_GKN = vma.zeros((groups, x_MK.shape[1], dy_MN.shape[1]), x_MK.dtype, x_MK, dy_MN, group_m)
+  w_GKN = varying_zeros((groups, x_MK.shape[1], dy_MN.shape[1]), x_MK.dtype, x_MK, dy_MN, group_m)
   # The product is linear in the weights, so its pullback needs none: these zeros are never read.
   _, pull = jax.vjp(lambda w: grouped_gemm(x_MK, w, group_m, used, impl=impl), w_GKN)
   return pull(dy_MN)[0]

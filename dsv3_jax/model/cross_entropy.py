@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import vma
+from dsv3_jax import ops
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:
@@ -55,7 +55,7 @@ def linear_cross_entropy(h_PD: jax.Array, w_DV: jax.Array, target_P: jax.Array,
     return (carry[0] + loss, carry[1] + correct), None
 
   parts = tuple(_split(x, min(chunk, h_PD.shape[0])) for x in (h_PD, target_P, weight_P))
-  zero = vma.zeros((), jnp.float32, h_PD, w_DV, target_P, weight_P)
+  zero = ops.varying_zeros((), jnp.float32, h_PD, w_DV, target_P, weight_P)
   return jax.lax.scan(body, (zero, zero), parts)[0]
 
 
@@ -71,8 +71,8 @@ def _fwd(h_PD, w_DV, target_P, weight_P, chunk):
 
   parts = tuple(_split(x, min(chunk, h_PD.shape[0])) for x in (h_PD, target_P, weight_P))
   like = (h_PD, w_DV, target_P, weight_P)
-  start = (vma.zeros((), jnp.float32, *like), vma.zeros((), jnp.float32, *like),
-           vma.zeros(w_DV.shape, jnp.float32, *like))
+  start = (ops.varying_zeros((), jnp.float32, *like), ops.varying_zeros((), jnp.float32, *like),
+           ops.varying_zeros(w_DV.shape, jnp.float32, *like))
   (loss, correct, dw_DV), dh = jax.lax.scan(body, start, parts)
   dh_PD = dh.reshape(-1, h_PD.shape[1])[:h_PD.shape[0]]
   return (loss, correct), (dh_PD, dw_DV.astype(w_DV.dtype))
