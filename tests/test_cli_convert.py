@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +63,7 @@ def test_a_folder_is_rewritten_in_another_dtype(workdir, tmp_path):
   values = json.loads((tmp_path / "half" / "config.json").read_text())
   assert "bfloat16" in (values.get("dtype"), values.get("torch_dtype"))
   rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
-  jax.tree.map(np.testing.assert_array_equal, _params(huggingface.load(half)), rounded)
+  chex.assert_trees_all_equal(_params(huggingface.load(half)), rounded)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -89,7 +90,7 @@ def test_a_folder_becomes_a_workdir_and_a_folder_again(workdir, tmp_path):
   assert cli.run(["convert", str(folder), hf, "--step=1"]) == 0
   assert cli.run(["convert", hf, run, f"--config={tmp_path / 'experiment.py'}"]) == 0
   assert cli.run(["convert", run, again]) == 0
-  jax.tree.map(np.testing.assert_array_equal, _params(huggingface.load(again)), params)
+  chex.assert_trees_all_equal(_params(huggingface.load(again)), params)
   config = cli.load_config(f"{run}/config.json")
   assert config.optim.lr == 0.125
   assert config.model.attention == SMALL.model.attention
@@ -109,7 +110,7 @@ def test_fp8_there_and_on_and_back(workdir, tmp_path):
   configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
   assert configs[0] == configs[1] and "quantization_config" in configs[0]
   assert cli.run(["convert", one, back, "--to=hf", "--dtype=float32"]) == 0
-  jax.tree.map(np.testing.assert_array_equal, _params(huggingface.load(back)),
+  chex.assert_trees_all_equal(_params(huggingface.load(back)),
                _params(huggingface.load(one)))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,8 +72,7 @@ def _one_step(batch, hyper=HYPER, mesh=None, build=Toy, loss_fn=toy_loss, steps=
 
 
 def _assert_same(a, b, tolerance=1e-5) -> None:
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+  chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def _cuts(batch, hyper):
@@ -151,9 +151,7 @@ def test_a_bad_step_changes_nothing_but_counters(poison):
   second, metrics = train_step(first, bad, HYPER)
   third, metrics_3 = train_step(second, bad, HYPER)
   for name in ("params", "buffers", "opt_state"):
-    for x, y in zip(jax.tree.leaves(getattr(kept, name)),
-                    jax.tree.leaves(getattr(third, name)), strict=True):
-      np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(getattr(kept, name), getattr(third, name))
   assert bool(metrics["bad"]) and int(metrics_3["bad_steps"]) == 2
   fourth, metrics_4 = train_step(third, fine, HYPER)
   assert not bool(metrics_4["bad"]) and int(metrics_4["bad_steps"]) == 0
