@@ -74,6 +74,7 @@ class Yarn:
   def __post_init__(self):
     _require(self.factor >= 1, f"model.attention.yarn.factor={self.factor} must be at least 1")
     _positive("model.attention.yarn", self, "original_length", "beta_fast", "beta_slow")
+    _not_negative("model.attention.yarn", self, "mscale_all_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,9 @@ class Attention:
               "rope_theta", "latent_norm_eps")
     _not_negative("model.attention", self, "q_rank")
     _require(self.rope_dim % 2 == 0, f"model.attention.rope_dim={self.rope_dim} must be even")
+    _require(self.yarn.factor == 1 or self.rope_theta > 1,
+             f"model.attention.rope_theta={self.rope_theta} must exceed 1 under YaRN "
+             "(model.attention.yarn.factor)")
 
   @property
   def qk_dim(self) -> int:

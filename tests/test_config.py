@@ -122,6 +122,10 @@ def test_numbers_convert_only_without_loss():
 # (changes, what the message must name)
 IMPOSSIBLE = [
     ({"model.attention.yarn.factor": 0.5}, ["model.attention.yarn.factor=0.5", "at least 1"]),
+    ({"model.attention.yarn.original_length": 0}, ["yarn.original_length=0", "positive"]),
+    ({"model.attention.yarn.mscale_all_dim": -1.0}, ["yarn.mscale_all_dim=-1.0", "negative"]),
+    ({"model.attention.yarn.factor": 2.0, "model.attention.rope_theta": 1.0},
+     ["model.attention.rope_theta=1.0", "must exceed 1"]),
     ({"model.attention.rope_dim": 15}, ["model.attention.rope_dim=15", "even"]),
     ({"model.attention.heads": 0}, ["model.attention.heads=0", "positive"]),
     ({"model.attention.q_rank": -1}, ["model.attention.q_rank=-1", "negative"]),

@@ -14,6 +14,7 @@ from typing import Any
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
+from dsv3_jax.model import rope as rope_lib
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 MODEL_TYPE = "deepseek_v3"
@@ -102,11 +103,6 @@ def check_supported(values: dict[str, Any]) -> None:
     raise ConfigError(f"missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")
 
 
-def _mscale(factor: float, weight: float) -> float:
-  """YaRN's m(s) = 0.1 * weight * ln s + 1 (arXiv 2309.00071; facts 1.5)."""
-  return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
 def _rope(values: dict[str, Any]) -> tuple[float, config.Yarn]:
   """Rotary base and YaRN settings from either spelling."""
   section = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
@@ -132,16 +128,19 @@ def _rope(values: dict[str, Any]) -> tuple[float, config.Yarn]:
     return _number(rope, key, default, section=f"{section}.")
 
   original = get("original_max_position_embeddings", longest)
+  if original <= 0:
+    raise ConfigError(f"{section}.original_max_position_embeddings={original} (by default "
+                      "max_position_embeddings) must be positive")
   factor = float(get("factor", longest / original))
   if factor < 1:
     raise ConfigError(f"{section}.factor={factor} must be at least 1")
   mscale, all_dim = get("mscale", 0), get("mscale_all_dim", 0)
   table = get("attention_factor", None)
   if table is None and not (mscale and all_dim):
-    table = _mscale(factor, 1.0)  # transformers' rule where either is missing or 0
+    table = rope_lib.mscale(factor, 1.0)  # transformers' rule where either is missing or 0
   if table is not None and factor > 1:
     # The factor on cos and sin is m(mscale) / m(mscale_all_dim): solve it for mscale.
-    mscale = (table * _mscale(factor, all_dim) - 1.0) / (0.1 * math.log(factor))
+    mscale = (table * rope_lib.mscale(factor, all_dim) - 1.0) / (0.1 * math.log(factor))
     mscale = round(mscale, 12)
   return theta, config.Yarn(
       factor=factor, original_length=original, beta_fast=float(get("beta_fast", 32.0)),
@@ -220,8 +219,7 @@ def to_hf(cfg: config.Model, *, dtype: str, bos_token_id: int | None = None,
         "beta_slow": yarn.beta_slow, "mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim,
     }
     if not (yarn.mscale and yarn.mscale_all_dim):  # transformers would replace the ratio
-      scaling["attention_factor"] = (_mscale(yarn.factor, yarn.mscale)
-                                     / _mscale(yarn.factor, yarn.mscale_all_dim))
+      scaling["attention_factor"] = rope_lib.table_scale(attn)
   parameters = {k: v for k, v in (scaling or {"rope_type": "default"}).items() if k != "type"}
   return {
       "architectures": [ARCHITECTURE],

@@ -41,20 +41,21 @@ def inverse_frequencies(cfg: config.Attention) -> np.ndarray:
   return plain / yarn.factor * ramp + plain * (1 - ramp)
 
 
-def _mscale(factor: float, mscale: float) -> float:
-  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+def mscale(factor: float, weight: float) -> float:
+  """YaRN's m(s) = 0.1 * weight * ln s + 1 (arXiv 2309.00071)."""
+  return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def softmax_scale(cfg: config.Attention) -> float:
   """Factor on the whole attention score: `K^-1/2`, times `m^2` under YaRN (m = 0.1 ln s + 1)."""
-  m = _mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim) if cfg.yarn.mscale_all_dim else 1.0
+  m = mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim) if cfg.yarn.mscale_all_dim else 1.0
   return cfg.qk_dim**-0.5 * m * m
 
 
 def table_scale(cfg: config.Attention) -> float:
   """Factor on cos and sin; 1 when `mscale` equals `mscale_all_dim`, as in the release."""
   yarn = cfg.yarn
-  return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+  return mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
 
 
 def rope_table(cfg: config.Attention, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
