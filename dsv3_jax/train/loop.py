@@ -163,7 +163,7 @@ class _Trainer:
     self.saved = self.step if restored is not None else -1
     self.was_finished = self.step >= self.schedule.total_steps
     self.flops_per_token = counts_lib.flops_per_token(cfg.model, cfg.data.sequence_length)
-    self.peak = metrics_lib.peak_flops()
+    self.peak = metrics_lib.peak_flops(1 if self.mesh is None else self.mesh.size)
     self._batch_sharding = None if self.mesh is None else sharding.batch_sharding(self.mesh)
     self.validation_host = (corpus.validation_batches(self.rows, train.eval_batches)
                             if train.eval_every else [])

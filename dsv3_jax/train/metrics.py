@@ -23,12 +23,12 @@ _PEAKS = {
 }
 
 
-def peak_flops() -> float:
-  """FLOP/s of all devices together: the data sheet's, or measured with a matmul (0.2 s)."""
+def peak_flops(devices: int = 1) -> float:
+  """FLOP/s of `devices` devices together: the data sheet's, or measured with a matmul (0.2 s)."""
   device = jax.local_devices()[0]
   for name, peak in _PEAKS.items():
     if name.lower() in device.device_kind.lower():
-      return peak * jax.device_count()
+      return peak * devices
   size = 1024
   x = jax.device_put(np.ones((size, size), np.float32), device)
   matmul = jax.jit(lambda a: a @ a)
@@ -39,7 +39,7 @@ def peak_flops() -> float:
     matmul(x).block_until_ready()
     best = min(best, time.perf_counter() - start)
   # Virtual CPU devices share the cores that this matmul kept busy.
-  return 2 * size**3 / best * (1 if device.platform == "cpu" else jax.device_count())
+  return 2 * size**3 / best * (1 if device.platform == "cpu" else devices)
 
 
 def plain(value: Any) -> Any:

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import sys
+import types
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,6 +82,14 @@ def test_lines_are_few(capsys):
     lines.progress(f"step {i}", i / 10)
   lines.progress("last", 1.0)
   assert capsys.readouterr().out.splitlines() == ["step 0", "last"]
+
+
+def test_peak_is_that_of_the_devices_in_use(monkeypatch):
+  """Oracle: the data sheet, times the mesh's devices, whatever number the machine has."""
+  device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  assert jax.device_count() > 4
+  assert metrics.peak_flops() == 989.4e12 and metrics.peak_flops(4) == 4 * 989.4e12
 
 
 def test_expert_load():
