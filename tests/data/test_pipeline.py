@@ -247,11 +247,20 @@ def test_a_growing_batch_takes_more_micro_batches_of_the_same_stream(corpus):
     next(made.train_iterator(lambda _: 3))
 
 
-def test_seeds_and_epochs_differ_and_equal_seeds_agree(corpus, tokenizer):
-  """Oracle: a second iterator; other seeds give other orders."""
+def test_seeds_and_epochs_differ_and_equal_seeds_agree(corpus, texts, tokenizer):
+  """Oracle: a second iterator; other seeds give other orders, and another epoch rearranges other
+  documents of the same texts."""
   a, b, c = (take(corpus(seed=s).train_iterator(constant), 50) for s in (3, 3, 4))
   assert_equal(a, b)
   assert any((x["tokens"] != y["tokens"]).any() for x, y in zip(a[:2], c[:2], strict=True))
+  n = len(training_texts(None, texts, 0.2))
+  lanes = [split_documents(s, tokenizer)
+           for s in streams(take(corpus(sequence_length=256).train_iterator(constant), 190))]
+  order = [lanes[i % 4][i // 4] for i in range(2 * n)]
+  first, second = ({plain(d, tokenizer): d[1] == tokenizer.fim_begin for d in epoch}
+                   for epoch in (order[:n], order[n:]))
+  assert first.keys() == second.keys() and len(first) == n
+  assert sum(first.values()) > 0 < sum(second.values()) and first != second
 
 
 def test_weights_are_shares_of_tokens(tokenizer, tmp_path):
