@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dsv3_jax import files
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEADER = ("name", "peer", "ours", "ratio", "target")
 _WIDTHS = (52, 26, 26, 7, 0)
@@ -155,14 +157,7 @@ def save(benchmark: str, lines: Sequence[Line]) -> pathlib.Path:
       "versions": versions(),
       "lines": [dataclasses.asdict(line) for line in lines],
   }
-  temporary = path.with_suffix(".tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
-    json.dump(content, file, indent=2, sort_keys=True)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-  return path
+  return files.write_atomic(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def parser(doc: str, rounds: int) -> argparse.ArgumentParser:

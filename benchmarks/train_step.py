@@ -37,22 +37,10 @@ def model_config(shape: str):
                       moe=config.MoE(**SHAPES[shape]), mtp_depth=0)
 
 
-def model_flops(m) -> float:
-  """Floating-point operations a step needs: forward and twice that backward, nothing recomputed.
-
-  Matmuls of the activated parameters (2 a parameter and token), scores and values over the causal
-  half alone. Embedding look-up, norms, softmax and optimizer count nothing.
-  """
-  a, e, D = m.attention, m.moe, m.dim
-  K, U, H = a.qk_dim, a.v_dim, a.heads
-  query = D * a.q_rank + a.q_rank * H * K if a.q_rank else D * H * K
-  attention = (query + D * (a.kv_rank + a.rope_dim) + a.kv_rank * H * (a.nope_dim + U)
-               + H * U * D)
-  moe = D * e.experts + 3 * D * e.ffn_dim * (e.active + e.shared)
-  weights = (m.layers * attention + m.dense_layers * 3 * D * m.dense_ffn_dim
-             + m.moe_layers * moe + D * m.vocab_size)
-  scores = m.layers * H * (K + U) * (LENGTH + 1) / 2
-  return 3 * 2 * BATCH * LENGTH * (weights + scores)
+def step_flops(shape: str) -> float:
+  """Floating-point operations a step needs: forward and twice that backward, nothing recomputed."""
+  from dsv3_jax.model import counts
+  return BATCH * LENGTH * counts.flops_per_token(model_config(shape), LENGTH)
 
 
 def batches(count: int = 8):
@@ -207,7 +195,7 @@ def compare(shape: str, rounds: int, **runtime) -> list[common.Line]:
   first = theirs(), mine()
   assert max(first) - min(first) < 1 and 7 < first[0] < 11, f"losses do not look alike: {first}"
   times = common.alternate({"peer": theirs, "ours": mine, **peaks()}, rounds, warmup=8)
-  flops = model_flops(model_config(shape))
+  flops = step_flops(shape)
   rates = {name: 2 * PEAK_SIZE**3 / statistics.median(times[name])
            for name in ("matmul jax", "matmul torch")}
   peak = max(rates.values())
@@ -236,7 +224,7 @@ def only_ours(shape: str, rounds: int, **runtime) -> list[common.Line]:
   mine, _ = ours(shape, **runtime)
   peak = peaks()["matmul jax"]
   times = common.alternate({"ours": mine, "peak": peak}, rounds, warmup=2)
-  part = model_flops(model_config(shape)) / (2 * PEAK_SIZE**3) * common.paired(
+  part = step_flops(shape) / (2 * PEAK_SIZE**3) * common.paired(
       times["peak"], times["ours"])
   return [common.Line(f"train step ({shape}), ours alone", "-", common.times_text(times["ours"]),
                       None, f"{part:.1%} of matmul peak",

@@ -8,6 +8,8 @@ The cuts fall between characters, not tokens, so that a model learns to continue
 three parts are encoded anew. A document keeps its bos in front and has its single eos at the end.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dsv3_jax.data.tokenizer import Tokenizer
@@ -36,7 +38,12 @@ def rearrange(tokens: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator
        *tokenizer.encode(suffix), tokenizer.fim_end, *tokenizer.encode(middle)], np.int32)
 
 
-def prompt(prefix: str, suffix: str, tokenizer: Tokenizer) -> list[int]:
-  """Ids after which a model trained with `rearrange` writes the middle, then eos."""
-  return [tokenizer.bos, tokenizer.fim_begin, *tokenizer.encode(prefix), tokenizer.fim_hole,
-          *tokenizer.encode(suffix), tokenizer.fim_end]
+def prompt(prefix: Sequence[int], suffix: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+  """Ids after which a model trained with `rearrange` writes the middle, then eos.
+
+  Args:
+    prefix, suffix: ids of the text before and after the middle.
+    tokenizer: has the special ids.
+  """
+  return [tokenizer.bos, tokenizer.fim_begin, *prefix, tokenizer.fim_hole, *suffix,
+          tokenizer.fim_end]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dsv3_jax import config
+from dsv3_jax import config, files
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import shards as shards_lib
 from dsv3_jax.data import sources as sources_lib
@@ -216,5 +216,5 @@ def _tokenizer(data: config.Data, vocab_size: int, workdir: str,
 
     tokenizer = tokenize.train(resolved, vocab_size, data.text_key, data.max_document_bytes, keep,
                                progress)
-  shards_lib.write_file(path, tokenizer.to_json().encode())
+  files.write_atomic(path, tokenizer.to_json())
   return tokenizer

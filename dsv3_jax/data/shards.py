@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax import files
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
 
@@ -33,20 +34,6 @@ RECORD = np.dtype([("start", "<i8"), ("length", "<i8"), ("bytes", "<i8"), ("hash
 def content_hash(data: bytes) -> int:
   """64 bits that identify a document's text."""
   return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def write_file(path: str, data: bytes) -> None:
-  """Writes a file so that a reader finds all of it or nothing, even after a crash."""
-  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-  try:
-    with open(temporary, "wb") as f:
-      f.write(data)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, path)
-  finally:
-    if os.path.exists(temporary):
-      os.unlink(temporary)
 
 
 class Writer:
@@ -108,8 +95,8 @@ class Writer:
     index = {"format": FORMAT, "tokenizer": self._tokenizer.hash, "dtype": self._dtype.str,
              "shards": self._sizes, "documents": self._documents, "tokens": sum(self._sizes),
              "bytes": self._bytes, "content": self._content.hexdigest()[:16], **extra}
-    write_file(os.path.join(self._temporary, "tokenizer.json"), self._tokenizer.to_json().encode())
-    write_file(os.path.join(self._temporary, "index.json"), json.dumps(index, indent=2).encode())
+    files.write_atomic(os.path.join(self._temporary, "tokenizer.json"), self._tokenizer.to_json())
+    files.write_atomic(os.path.join(self._temporary, "index.json"), json.dumps(index, indent=2))
     try:
       os.replace(self._temporary, self._folder)
     except OSError:

@@ -147,7 +147,7 @@ class _Trainer:
       if meta["iterator"] is not None:  # a converted model has seen no data
         self.batches.set_state(meta["iterator"])
       ui.note(f"going on from step {self.step:,} of {self.schedule.total_steps:,}")
-    if hasattr(self.batches, "start") and self.step < self.schedule.total_steps:
+    if self.step < self.schedule.total_steps:
       self.batches.start()
     self.ema = (HostEma(cfg.optim.ema_decay, cfg.optim.ema_every, ema, ema_updates)
                 if cfg.optim.ema_decay else None)

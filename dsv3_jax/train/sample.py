@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax import config
+from dsv3_jax.data import fim
 
 
 def make_sampler(graphdef: nnx.GraphDef, runtime: config.Runtime, vocab_size: int = 0) -> Callable:
@@ -124,8 +125,7 @@ def report_samples(sample: Callable, params: Any, buffers: Any, tokenizer: Any, 
                     [tokenizer.bos, *head]))
     samples.append(({**shared, "kind": "infill", "suffix": tokenizer.decode(tail),
                      "reference": line},
-                    [tokenizer.bos, tokenizer.fim_begin, *head, tokenizer.fim_hole, *tail,
-                     tokenizer.fim_end]))
+                    fim.prompt(head, tail, tokenizer)))
   out = []
   for k in range(0, len(samples), 2):
     entries, prompts = zip(*samples[k:k + 2], strict=True)

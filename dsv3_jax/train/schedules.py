@@ -55,7 +55,9 @@ def mtp_weight(loss: config.Loss, train_tokens: float) -> Callable[[float], floa
 def _stages(data: config.Data, train_tokens: float) -> list[tuple[int, int]]:
   """(tokens from which it holds, sequences a step) of each stage of the batch ramp.
 
-  Tokens are whole, so the starts are rounded up and all that follows is exact.
+  The report goes from 3,072 to 15,360 over the first 469B tokens without saying how; here it is
+  `batch_ramp_stages` stages of equally many tokens, each a whole number of micro-batches. Tokens
+  are whole, so the starts are rounded up and all that follows is exact.
   """
   start = data.batch_start or data.batch_size
   micro = data.microbatch or data.batch_size
@@ -67,17 +69,6 @@ def _stages(data: config.Data, train_tokens: float) -> list[tuple[int, int]]:
     if size > stages[-1][1]:
       stages.append((math.ceil(until * i / data.batch_ramp_stages), size))
   return stages
-
-
-def batch_size(data: config.Data, train_tokens: float) -> Callable[[float], int]:
-  """Sequences a step: `batch_start`, rising in equal stages to `batch_size`.
-
-  The report goes from 3,072 to 15,360 over the first 469B tokens without saying how; here it is
-  `batch_ramp_stages` stages of equally many tokens, each a whole number of micro-batches.
-  """
-  stages = _stages(data, train_tokens)
-  starts = [tokens for tokens, _ in stages]
-  return lambda tokens_seen: stages[max(bisect.bisect_right(starts, tokens_seen) - 1, 0)][1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +104,7 @@ class BatchSchedule:
 
 
 def batch_schedule(data: config.Data, train_tokens: float) -> BatchSchedule:
-  """`batch_size` laid out over step numbers."""
+  """Sequences a step: `batch_start`, rising in equal stages to `batch_size`."""
   length = data.sequence_length
   step, sequences = 0, 0
   first_steps, first_sequences, sizes = [], [], []

@@ -5,7 +5,6 @@ dictionaries, so that jit dispatch, checkpoints and the host EMA see ordinary py
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -116,8 +115,3 @@ def initializer(
   # What runs once is not worth optimising: code generation at level 0 saves seconds.
   compiled = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
   return graphdef, abstract, lambda: jax.device_put(compiled(), where)
-
-
-def count(tree: Any) -> int:
-  """Elements in a tree of arrays (or abstract arrays)."""
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

@@ -46,7 +46,7 @@ def test_the_infilling_prompt_is_what_training_shows_before_a_middle(tokenizer):
   tokens = np.asarray(tokenizer.encode(text), np.int32)
   out = fim.rearrange(tokens, tokenizer, rng)
   prefix, suffix, middle = parts(out, tokenizer)
-  shown = fim.prompt(tokenizer.decode(prefix), tokenizer.decode(suffix), tokenizer)
+  shown = fim.prompt(prefix, suffix, tokenizer)
   assert shown + middle == [tokenizer.bos, *out.tolist()]
 
 

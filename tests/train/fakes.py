@@ -50,6 +50,9 @@ class FakeIterator:
     self._step += 1
     return {"tokens": tokens.astype(np.int32)}
 
+  def start(self):
+    pass
+
   def get_state(self):
     return {"step": self._step}
 

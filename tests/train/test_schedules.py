@@ -38,10 +38,16 @@ def test_bias_speed_and_mtp_weight():
   assert [weight(t * T) for t in (0, 9.999, 10.001, 14.8)] == [0.3, 0.3, 0.1, 0.1]
 
 
+def _size(data, tokens):
+  """The ramp itself: sequences of a step that begins after so many tokens."""
+  stages = schedules._stages(data, tokens)
+  return lambda seen: max((first, size) for first, size in stages if first <= seen)[1]
+
+
 def test_batch_ramp_of_the_report():
   """Oracle: the report: 3,072 at the start, 15,360 from 469B tokens on, 12.58M to 62.91M a step."""
   data = config.Data(sequence_length=4096, batch_size=15360, batch_start=3072, microbatch=512)
-  size = schedules.batch_size(data, LENGTH)
+  size = _size(data, LENGTH)
   assert size(0) == 3072 and size(468e9) < 15360 and size(469.1e9) == 15360
   sizes = [size(469e9 * i / 5 + 1e6) for i in range(6)]
   assert sizes == sorted(set(sizes)) and all(s % 512 == 0 for s in sizes)
@@ -57,10 +63,10 @@ def test_batch_ramp_of_the_report():
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 6), st.floats(0, 1),
        st.integers(300, 20_000))
 def test_batch_schedule_is_a_replay(start, more, stages, until, tokens):
-  """Oracle: stepping through the run and asking `batch_size` at each step."""
+  """Oracle: stepping through the run and asking the ramp at each step."""
   data = config.Data(sequence_length=16, batch_size=2 * (start + more - 1), batch_start=2 * start,
                      microbatch=2, batch_ramp_until=until, batch_ramp_stages=stages)
-  size = schedules.batch_size(data, tokens)
+  size = _size(data, tokens)
   schedule = schedules.batch_schedule(data, tokens)
   seen, step = 0, 0
   while seen < tokens:
