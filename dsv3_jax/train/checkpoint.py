@@ -77,11 +77,12 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-  """The state in the units that a reader may want apart."""
+  """The state in the units that a reader may want apart; Orbax takes no empty one."""
   counters = {"step": state.step, "bad_steps": state.bad_steps, "skipped": state.skipped}
   parts = {"params": flatten(state.params), "buffers": flatten(state.buffers),
            "optimizer": flatten({"state": state.opt_state, **counters})}
-  return parts if state.amax is None else parts | {"amax": flatten(state.amax)}
+  parts |= {} if state.amax is None else {"amax": flatten(state.amax)}
+  return {name: part for name, part in parts.items() if part}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -331,8 +332,8 @@ class Checkpoints:
     opt_state = unflatten({k.removeprefix("state/"): v for k, v in optimizer.items()},
                           abstract.opt_state)
     state = TrainState(unflatten(arrays["params"], abstract.params),
-                       unflatten(arrays["buffers"], abstract.buffers), opt_state, **counters,
-                       amax=unflatten(arrays.get("amax", {}), abstract.amax))
+                       unflatten(arrays.get("buffers", {}), abstract.buffers), opt_state,
+                       **counters, amax=unflatten(arrays.get("amax", {}), abstract.amax))
     ema = None
     if os.path.isdir(os.path.join(folder, "ema")):
       ema = nest(_load_part(os.path.join(folder, "ema"), "params", np.asarray))
@@ -340,7 +341,12 @@ class Checkpoints:
 
 
 def _load_part(folder: str, part: str, convert: Callable = lambda x: x) -> dict[str, Any]:
-  """One checkpointable on this process's first device, by the shapes that the folder states."""
+  """One checkpointable on this process's first device, by the shapes that the folder states.
+
+  Empty where the folder has none, as the router biases of a model without experts.
+  """
+  if part not in os.listdir(folder):
+    return {}
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   metadata = ocp.checkpointables_metadata(folder).metadata[part]
   abstract = {k: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device)

@@ -77,6 +77,17 @@ def test_round_trip(tmp_path):
                 jax.tree.map(jnp.asarray, average))
 
 
+def test_a_model_without_experts(tmp_path):
+  """Oracle: the arrays as they were saved, of a state that has no router biases."""
+  params = {"head_DV": jnp.ones((8, 4))}
+  saved = state.make_state(params, {}, optim.make_optimizer(config.Optim()))
+  store = checkpoint.Checkpoints(str(tmp_path))
+  store.save(saved, _meta(3))
+  store.wait()
+  _assert_equal(store.restore(_abstract(saved)).state, saved)
+  assert checkpoint.load_params(str(tmp_path))[1] == {}
+
+
 def test_another_mesh(tmp_path):
   """Law: written from 8 devices with a sharded array, read on 1 and on 4, the same bits."""
   mesh = mesh_lib.make_mesh(config.Mesh(data=8))
