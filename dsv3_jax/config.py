@@ -385,13 +385,15 @@ class Train:
   max_bad_steps: int = 5  # skipped NaN/inf steps in a row before the run stops
   profile_from: int = 0  # first step of a jax.profiler capture; 0: none
   profile_steps: int = 3
+  numerics_every: int = 0  # steps between statistics of FP8 numerics (train/numerics.py); 0: none
   sample_tokens: int = 96  # length of the completions in the report; 0: none
 
   def __post_init__(self):
     s = "train"
     _positive(s, self, "tokens", "log_every", "checkpoint_every", "max_bad_steps", "keep_last",
               "eval_batches", "profile_steps")
-    _not_negative(s, self, "eval_every", "keep_best", "profile_from", "sample_tokens", "seed")
+    _not_negative(s, self, "eval_every", "keep_best", "profile_from", "numerics_every",
+                  "sample_tokens", "seed")
 
 
 @dataclasses.dataclass(frozen=True)

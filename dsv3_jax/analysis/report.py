@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax import files
-from dsv3_jax.analysis import plots
+from dsv3_jax.analysis import numerics, plots
 from dsv3_jax.analysis import workdir as workdir_lib
 from dsv3_jax.analysis.workdir import Run
 
@@ -52,6 +52,9 @@ _PLOTS = (
     _Plot("expert_load", "Expert load", plots.expert_load,
           "Relative load of each routed expert at the last evaluation; 1 is perfect balance.",
           wide=True),
+    _Plot("numerics", "FP8 numerics", numerics.over_time,
+          "Of the linear layers' matmuls and operands under the run's recipe (v3 where it has "
+          "none): means over the operators, and faint the worst."),
 )
 
 

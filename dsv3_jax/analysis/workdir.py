@@ -21,6 +21,7 @@ class Run:
   train: list[dict[str, Any]]  # a line of metrics.jsonl each, kind "train"
   evals: list[dict[str, Any]]
   loads: list[dict[str, Any]]
+  numerics: list[dict[str, Any]]
   summary: dict[str, Any]  # summary.json, written when a run ends
   command: str  # the command line that made it
   notes: tuple[str, ...]  # what was missing or unreadable, for the reader of the report
@@ -48,7 +49,8 @@ def read(workdir: str | Path) -> Run:
   notes: list[str] = []
   config = _read_json(config_file, notes)
   summary = _read_json(workdir / "summary.json", notes)
-  by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}, "load": {}}
+  by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}, "load": {},
+                                                  "numerics": {}}
   broken = 0
   if metrics_file.exists():
     with metrics_file.open(encoding="utf-8", errors="replace") as lines:
@@ -67,8 +69,8 @@ def read(workdir: str | Path) -> Run:
   command_file = workdir / "command.txt"
   command = (command_file.read_text(encoding="utf-8", errors="replace").strip()
              if command_file.exists() else "")
-  return Run(workdir, config, rows["train"], rows["eval"], rows["load"], summary, command,
-             tuple(notes))
+  return Run(workdir, config, rows["train"], rows["eval"], rows["load"], rows["numerics"], summary,
+             command, tuple(notes))
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -35,12 +35,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3_jax import config as config_lib
 from dsv3_jax import files, host
+from dsv3_jax.fp8 import delayed
 from dsv3_jax.model import counts as counts_lib
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.parallel import sharding
 from dsv3_jax.train import evaluate as evaluate_lib
 from dsv3_jax.train import metrics as metrics_lib
+from dsv3_jax.train import numerics as numerics_lib
 from dsv3_jax.train import optim, schedules
 from dsv3_jax.train import sample as sample_lib
 from dsv3_jax.train import state as state_lib
@@ -176,6 +178,9 @@ class _Trainer:
         self.mesh, sharding.spec("tokens_BS"))
     self.validation = [self.put(b, where) for b in self.validation_host]
     self._balances = [name for name, kind in loss_lib.BALANCES.items() if getattr(cfg.loss, kind)]
+    self.numerics = (numerics_lib.make_capture(self.graphdef, cfg) if train.numerics_every
+                     else None)
+    self._first_micro: dict[str, np.ndarray] = {}  # of the last step
     self._rates: list[float] = []
     self._first = True
 
@@ -195,6 +200,7 @@ class _Trainer:
     micros = np.int32(size // self.rows) if self.micros > 1 else None
     hyper = state_lib.Hyper(*map(np.float32, scheduled.values()), micros)
     batch = step_lib.pad_micro_batches(next(self.batches), self.micros)
+    self._first_micro = {k: v[0] for k, v in batch.items()}
     hyper = self.put(hyper, None if self.mesh is None else sharding.replicated(self.mesh))
     batch = self.put(batch, self._batch_sharding)
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -255,6 +261,19 @@ class _Trainer:
     self.metrics.write({"kind": "load", **where, "load_LE": metrics_lib.load_of(counts_LE)})
     self.ui.note(f"step {self.step:,}: validation loss {found['loss']:.4f}, "
                  f"{found['bits_per_byte']:.3f} bits per byte")
+
+  def measure(self) -> None:
+    """Writes statistics of the linear layers' FP8 numerics on the last step's first micro-batch."""
+    runtime = self.cfg.runtime
+    tokens = self.schedule.tokens_before(self.step)
+    one = jax.local_devices()[0]
+    batch, params, buffers, history = jax.device_put(
+        (self._first_micro, self.state.params, self.state.buffers, self.state.amax), one)
+    taps = self.numerics(params, buffers, batch, np.float32(self.mtp_weight(tokens)))
+    found = numerics_lib.operators(params, taps, self.cfg.model, delayed.assumed(history))
+    recipe = "v3" if runtime.recipe == "none" else runtime.recipe
+    self.metrics.write({"kind": "numerics", "step": self.step, "tokens": tokens,
+                        **numerics_lib.record(found, recipe, runtime)})
 
   def save(self) -> None:
     """Starts a checkpoint of the current step."""
@@ -319,9 +338,12 @@ class _Trainer:
           stop_profile()
         evaluating = self.evaluates and (step % train.eval_every == 0 or step == total)
         saving = step % train.checkpoint_every == 0 or step == total
-        if evaluating or saving:
+        measuring = self.numerics is not None and step % train.numerics_every == 0
+        if evaluating or saving or measuring:
           drain()
           with jax.transfer_guard("allow"):
+            if measuring:
+              self.measure()
             if evaluating:
               self.evaluate()
             if saving:

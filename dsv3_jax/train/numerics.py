@@ -26,7 +26,7 @@ from dsv3_jax import config
 from dsv3_jax.fp8 import measure as measure_lib
 from dsv3_jax.fp8 import weights
 from dsv3_jax.fp8.probe import Probed, Taps
-from dsv3_jax.fp8.recipe import RECIPES, Recipe, resolve
+from dsv3_jax.fp8.recipe import Recipe, resolve
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import moe
 from dsv3_jax.train import state
@@ -214,8 +214,3 @@ def record(found: dict[str, Operator], name: str, runtime: config.Runtime) -> Re
                      ("error", measure_lib.GEMMS)):
     lists[key] = {p: [r["recipes"][name][key][p] for r in rows] for p in parts}
   return lists
-
-
-def known_recipes() -> tuple[str, ...]:
-  """Names that `measure` takes."""
-  return tuple(RECIPES)
