@@ -282,10 +282,10 @@ class Metrics:
   """
 
   def __init__(self, workdir: str, step: int, config: dict[str, Any]):
+    # First what can fail, so that nothing is left open.
+    self._others: list[Any] = [WandB(workdir, config)] if WandB.wanted() else []
+    self._others.append(TensorBoard(os.path.join(workdir, "tensorboard"), step))
     self._lines = JsonLines(os.path.join(workdir, "metrics.jsonl"), step)
-    self._others: list[Any] = [TensorBoard(os.path.join(workdir, "tensorboard"), step)]
-    if WandB.wanted():
-      self._others.append(WandB(workdir, config))
 
   def write(self, record: dict[str, Any]) -> dict[str, Any]:
     """Writes a record (arrays allowed) and returns it as plain JSON values."""

@@ -146,10 +146,11 @@ def test_wandb_gets_the_same_numbers_and_a_resumed_run_the_same_run(tmp_path, wa
 
 
 def test_wandb_that_does_not_start_says_what_to_do(tmp_path, wandb_environment):
-  """Oracle: the library's own words and the three ways out."""
+  """Oracle: the library's own words and the three ways out; no file was opened before."""
   wandb_environment.setitem(sys.modules, "wandb", FakeWandB("no API key"))
   with pytest.raises(ConfigError, match="no API key.*wandb login.*WANDB_MODE=offline.*unset"):
     metrics.Metrics(str(tmp_path), 0, {})
+  assert not list(tmp_path.iterdir())
 
 
 def test_wandb_asked_for_and_missing_is_said(wandb_environment):
