@@ -1,10 +1,11 @@
 """Runs one arm of experiments/ablate_fp8.py and keeps its curve, or tabulates what is kept.
 
-    python -m benchmarks.ablate_fp8 v3 --seed 1                      results/ablate_fp8/v3-1.json
-    python -m benchmarks.ablate_fp8 v3 --seed 1 --steps 200 --set runtime.fp8.bits=14
+    python -m benchmarks.ablate_fp8 v3 --seeds 0 1 2           results/ablate_fp8/v3-0.json, ...
+    python -m benchmarks.ablate_fp8 v3 --steps 200 --set runtime.fp8.bits=14
     python -m benchmarks.ablate_fp8 --table
 
-A finished run is one small JSON file, so that an interruption costs one run. Losses are the
+A finished run is one small JSON file, so that an interruption costs one run. The runs share the
+tokenized text in the workdir's data/. Losses are the
 training loss in nats a token, smoothed with an EMA of 0.9 as in the report (appendix B.1) and
 corrected for its start; differences are relative to the mean of the fp32 runs of the same length.
 """
@@ -14,7 +15,6 @@ import json
 import os
 import pathlib
 import statistics
-import tempfile
 
 from benchmarks import common
 
@@ -41,8 +41,15 @@ def train(arm: str, seed: int, steps: int, changes: dict[str, str], workdir: str
   if steps:
     cfg = config.replace(cfg, **{"train.tokens": steps * cfg.data.batch_size
                                  * cfg.data.sequence_length})
-  run(cfg, workdir)
-  lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").open()]
+  name = "-".join([arm, str(seed), *(f"{k.rpartition('.')[2]}={v}" for k, v in changes.items()),
+                   *([f"{steps}steps"] if steps else [])]).replace(" ", "_")
+  folder, shared = pathlib.Path(workdir) / name, pathlib.Path(workdir) / "data"
+  folder.mkdir(parents=True, exist_ok=True)
+  shared.mkdir(exist_ok=True)
+  if not (folder / "data").exists():
+    (folder / "data").symlink_to(shared.resolve(), target_is_directory=True)
+  run(cfg, str(folder))
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
   steps_seen = [line for line in lines if line["kind"] == "train"]
   losses = [line["loss"] for line in steps_seen]
   kept = {
@@ -55,9 +62,7 @@ def train(arm: str, seed: int, steps: int, changes: dict[str, str], workdir: str
       "device": common.device(), "versions": common.versions("jax", "jaxlib", "flax"),
   }
   FOLDER.mkdir(parents=True, exist_ok=True)
-  name = "-".join([arm, str(seed), *(f"{k.rpartition('.')[2]}={v}" for k, v in changes.items()),
-                   *([f"{steps}steps"] if steps else [])])
-  path = FOLDER / f"{name.replace(' ', '_')}.json"
+  path = FOLDER / f"{name}.json"
   temporary = path.with_suffix(".tmp")
   with open(temporary, "w", encoding="utf-8") as file:
     json.dump(kept, file, sort_keys=True)
@@ -101,11 +106,11 @@ def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("arm", nargs="?", help="a recipe")
-  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--seeds", type=int, nargs="+", default=[0])
   parser.add_argument("--steps", type=int, default=0, help="0: the experiment's own")
   parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                       help="config overrides, for example runtime.fp8.bits=14")
-  parser.add_argument("--workdir", default="", help="default: a temporary folder")
+  parser.add_argument("--workdir", default="runs/ablate_fp8", help="default: %(default)s")
   parser.add_argument("--table", action="store_true", help="print what is kept so far")
   args = parser.parse_args(argv)
   if args.table == bool(args.arm):
@@ -115,8 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     return
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   changes = dict(change.split("=", 1) for change in args.set)
-  with tempfile.TemporaryDirectory() as temporary:
-    print(train(args.arm, args.seed, args.steps, changes, args.workdir or temporary))
+  for seed in args.seeds:
+    print(train(args.arm, seed, args.steps, changes, args.workdir))
 
 
 if __name__ == "__main__":
