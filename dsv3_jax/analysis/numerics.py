@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from dsv3_jax import files
@@ -38,9 +39,10 @@ def summary(measured: dict[str, Any]) -> list[tuple[str, ...]]:
     for part, keys in (("error", GEMMS), ("underflow", OPERANDS), ("saturation", OPERANDS)):
       for key in keys:
         values = [o["recipes"][recipe][part][key] for o in measured["operators"]]
-        worst = int(np.nanargmax(values))
+        worst = int(np.argmax(np.nan_to_num(values)))
         found.append((recipe, f"{part} {key}", _percent(float(np.mean(values))),
-                      _percent(values[worst]), measured["operators"][worst]["name"]))
+                      _percent(values[worst]),
+                      measured["operators"][worst]["name"] if values[worst] else "-"))
   return found
 
 
@@ -78,7 +80,7 @@ def errors(measured: dict[str, Any]) -> Figure:
     step = max(1, len(names) // 26)
     axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6)
     axes.set_title(gemm, loc="left", fontsize=9.5, color=plots.TEXT)
-    axes.set_ylim(bottom=0)
+  panels[0].set_ylim(bottom=0)  # shared; set once all panels have their lines
   panels[0].set_ylabel("relative error (%)", color=plots.TEXT)
   panels[0].legend(frameon=False, fontsize=8, labelcolor=plots.TEXT)
   return figure
@@ -96,10 +98,11 @@ def distributions(measured: dict[str, Any]) -> Figure:
     plots.style(axes, grid=False)
     axes.pcolormesh(np.arange(low, high + 1) + measured["exponents"][0],
                     np.arange(len(operators) + 1), share[:, low:high], cmap="Blues", vmin=0,
-                    vmax=1)
+                    vmax=1, rasterized=True)
     axes.set_title(f"largest magnitude of a tile of {key}", loc="left", fontsize=9.5,
                    color=plots.TEXT)
     axes.set_xlabel("power of two", color=plots.TEXT)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     step = max(1, len(operators) // 60)
     axes.set_yticks(np.arange(0, len(operators), step) + 0.5,
                     [o["name"] for o in operators[::step]], fontsize=6)

@@ -196,10 +196,9 @@ def measure(found: dict[str, Operator], recipes: Iterable[str] = ("v3",),
     for key, z in zip(measure_lib.OPERANDS, (op.x_MK, op.w, op.dy_MN), strict=True):
       counts, largest = jax.device_get(measure_lib.amaxes(z, key))
       amax[key] = {"largest": float(largest), "histogram": counts.tolist()}
-    stats = {n: jax.device_get(measure_lib.layer(*op[1:], name=op.parameter, recipe=r))
-             for n, r in chosen.items()}
-    rows.append({"name": name, "shape": list(op.w.shape[-2:]), "amax": amax,
-                 "recipes": jax.tree.map(float, stats)})
+    stats = {n: jax.tree.map(float, jax.device_get(
+        measure_lib.layer(*op[1:], name=op.parameter, recipe=r))) for n, r in chosen.items()}
+    rows.append({"name": name, "shape": list(op.w.shape[-2:]), "amax": amax, "recipes": stats})
   return {"recipes": list(chosen), "exponents": list(measure_lib.EXPONENTS), "operators": rows}
 
 
