@@ -306,10 +306,11 @@ def _numerics(args: argparse.Namespace) -> int:
   operators = numerics.operators(params, taps, config.model)
   measured = numerics.measure(operators, names, say=say) | {"source": title}
   path = tables.write(measured, out, title)
-  console = Console()
-  for head, body, note in ((tables.HEAD, tables.rows(measured), tables.NOTE),
-                           (("recipe", "what (%)", "mean", "worst", "where"),
-                            tables.summary(measured), "Over the operators.")):
+  console = Console(width=None if sys.stdout.isatty() else tables.WIDTH)
+  summary = (("recipe", "what (%)", "mean", "worst", "where"), tables.summary(measured),
+             "Over the operators.")
+  whole = (tables.HEAD, tables.rows(measured), tables.NOTE)
+  for head, body, note in ([whole] if console.width >= tables.WIDTH else []) + [summary]:
     table = Table(title=title, caption=note)
     for i, name in enumerate(head):
       table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")

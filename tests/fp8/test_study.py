@@ -2,6 +2,7 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from dsv3_jax.fp8 import accumulate, study
 
@@ -28,6 +29,7 @@ def test_errors():
     np.testing.assert_allclose(found[key], value, rtol=1e-12)
 
 
+@pytest.mark.timeout(120)  # compiles ten programs; 6 s on two free cores
 def test_study(monkeypatch):
   """Law: about the report's finding at its K; promotion helps; 36 bits add exactly."""
   monkeypatch.setattr(study, "ROWS", 16)
