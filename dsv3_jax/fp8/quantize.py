@@ -48,8 +48,14 @@ def amax(x: jax.Array, tile: Tile) -> jax.Array:
     tile: see `QTensor`.
   """
   axes = tuple(range(x.ndim - len(tile) + 1, x.ndim + len(tile), 2))
-  magnitude = formats.bits(x.astype(jnp.float32)) & 0x7FFFFFFF
-  return formats.from_bits(jnp.max(split(magnitude, tile), axis=axes, initial=0))
+  magnitude = split(formats.bits(x.astype(jnp.float32)) & 0x7FFFFFFF, tile)
+  # Halving by slices is elementwise, which XLA vectorizes; a reduction of integers along the last
+  # axis it does not (measured on a CPU: 5 ms against 30 ms for 29 million elements).
+  for _ in range(3):
+    size = magnitude.shape[-1]
+    if size >= 16 and size % 2 == 0:
+      magnitude = jnp.maximum(magnitude[..., :size // 2], magnitude[..., size // 2:])
+  return formats.from_bits(jnp.max(magnitude, axis=axes, initial=0))
 
 
 def scales(amax: jax.Array, format: Format, scale: str = "fp32", floor: float = FLOOR) -> jax.Array:

@@ -73,7 +73,7 @@ def expected(r):
 
 
 def test_the_layer_against_float64_on_its_operands():
-  """Oracle: float64, expert by expert: quantized before the spread, gates before the down-projection,
+  """Oracle: float64, expert by expert: quantized before the spread, gates before the last matmul,
   SwiGLU inputs from their FP8 copies, tiles along tokens that never mix experts."""
   for name, got, want in zip(("y", "dx", "gates", "w_gate", "w_up", "w_down"),
                              under(resolve("v3")), expected(resolve("v3")), strict=True):
