@@ -1,12 +1,14 @@
 """A whole model and its training step under recipes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from benchmarks.fp8 import SAVED_TARGET, saved_bytes
 from dsv3_jax import config
@@ -32,10 +34,12 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (8, 65)).astype(np.int32)
 HYPER = state.Hyper(np.float32(1e-3), np.float32(1e-3), np.float32(0.3))
 
 
+@functools.cache
 def graph():
   return nnx.split(small.abstract(MODEL), nnx.Param, step.routing.RouterBias)[0]
 
 
+@functools.cache
 def arrays():
   _, params, buffers = nnx.split(small.build(MODEL), nnx.Param, step.routing.RouterBias)
   return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
@@ -62,7 +66,6 @@ def flat(tree):
 
 def test_gradients_through_an_moe_block_against_bf16():
   """Oracle: the same block under the recipe bf16, tensor by tensor, DeepGEMM's metric."""
-  block = small.abstract(MODEL)
   block = Block(MODEL, moe=True, rngs=nnx.Rngs(0))
   graphdef, params, buffers = nnx.split(block, nnx.Param, step.routing.RouterBias)
   x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 64, MODEL.dim)), jnp.float32)
@@ -76,9 +79,9 @@ def test_gradients_through_an_moe_block_against_bf16():
     return flat(jit(lambda params, x, dy: jax.vjp(f, params, x)[1](dy))(params, x, dy))
 
   bf16, found = run("bf16"), run("v3")
-  assert len(bf16) == 14
+  assert len(bf16) == 17
   for name, want in bf16.items():
-    assert 0 < metric(found[name], want) < 2e-2, (name, metric(found[name], want))
+    assert 0 < metric(found[name], want) < 2e-2, {n: metric(found[n], bf16[n]) for n in bf16}
 
 
 def test_fp32_is_todays_path():
@@ -119,7 +122,7 @@ def test_micro_batches_share_weights_quantized_once():
   jaxpr = jax.make_jaxpr(lambda params: step.gradients(
       graph(), cfg, params, buffers, {"tokens": jnp.asarray(TOKENS).reshape(2, 4, 65)}, HYPER))(
           params).jaxpr
-  found = weights.prepare(params, resolve("v3"))
+  found = jax.eval_shape(lambda params: weights.prepare(params, resolve("v3")), params)
   shapes = {w.fprop.shape[-2:] for w in jax.tree.leaves(
       found, is_leaf=lambda x: isinstance(x, weights.Weight)) if isinstance(w, weights.Weight)}
   shapes -= {(MODEL.dim, 64), (64, MODEL.dim)}  # also shapes of activations here
@@ -131,8 +134,7 @@ def test_micro_batches_share_weights_quantized_once():
         fp8 = getattr(v.aval, "dtype", None) == jnp.float8_e4m3fn
         if eqn.primitive.name == "bitcast_convert_type" and fp8 and v.aval.shape[-2:] in shapes:
           count[inside] += 1
-      for inner in jax.core.jaxprs_in_params(eqn.params) if hasattr(
-          jax.core, "jaxprs_in_params") else jax.extend.core.jaxprs_in_params(eqn.params):
+      for inner in jaxprs_in_params(eqn.params):
         below = made(inner, inside or eqn.primitive.name == "while")
         count = {k: count[k] + below[k] for k in count}
     return count
