@@ -76,6 +76,7 @@ def _moments(seed=0):
   rng = np.random.default_rng(seed)
   size = 10.0**rng.uniform(-9, 0, (6, 1)) * 10.0**rng.uniform(-3, 0, (6, 300))
   grad = (size * rng.normal(size=(6, 300))).astype(np.float32)
+  grad[:, 7] = 1e-8 * np.abs(grad[:, :128]).max(1)  # below the smallest code
   return {"mu": grad, "nu": np.square(grad)}
 
 
@@ -111,24 +112,25 @@ def test_float8_moments_follow_their_averages():
   grads = {"w_DF": jnp.asarray(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32)}
   ours = optim.scale_by_adam(0.9, 0.95, 1e-8, "float8", "float8")
   state = ours.init(grads)
-  step = jax.jit(lambda state, scale: ours.update(
-      jax.tree.map(lambda g: scale * g, grads), state)[1])
+  step = jax.jit(lambda state, scale_F: ours.update(
+      jax.tree.map(lambda g: scale_F * g, grads), state)[1])
+  even_F = np.arange(256) % 2 == 0
   for _ in range(60):
-    state = step(state, 1.0)
-  for _ in range(60):  # gradients 30 % smaller: the root moves by under 2 % a step
-    state = step(state, 0.7)
-  expected = 0.49 * np.square(grads["w_DF"]) + 0.51 * 0.95**60 * np.square(grads["w_DF"])
-  found = moments.load(state.nu["w_DF"], root=True)
-  large = np.abs(grads["w_DF"]) > 0.05
-  ratio = (np.asarray(found) / expected)[large]
-  assert abs(np.median(ratio) - 1) < 0.05 and abs(np.mean(ratio) - 1) < 0.05
-  assert state.nu["w_DF"].nbytes < 1.05 * expected.size
+    state = step(state, np.ones(256, np.float32))
+  for _ in range(60):  # every other column's root moves by under 2 % a step; scales stay
+    state = step(state, np.where(even_F, np.float32(0.7), np.float32(1)))
+  share = np.where(even_F, 0.49 + 0.51 * 0.95**60, 1 - 0.95**120)
+  ratio = np.asarray(moments.load(state.nu["w_DF"], root=True)) / np.square(grads["w_DF"]) / share
+  ratio = np.where(np.abs(grads["w_DF"]) > 0.05, ratio, np.nan)
+  for columns in (even_F, ~even_F):
+    assert abs(np.nanmean(ratio[:, columns]) - 1) < 0.05
+  assert state.nu["w_DF"].nbytes < 1.05 * ratio.size
 
 
 def test_a_bad_step_leaves_float8_moments():
   """Oracle: the bytes before it."""
   ours = optim.scale_by_adam(0.9, 0.95, 1e-8, "float8", "float8")
-  params = _tree(0)
+  params = {"w_DF": jnp.asarray(np.random.default_rng(0).normal(size=(512, 128)), jnp.float32)}
   step = jax.jit(lambda grads, state, good: ours.update(grads, state, good=good)[1])
   before = step(params, ours.init(params), True)
   after = step(jax.tree.map(lambda p: p * np.nan, params), before, False)
