@@ -16,7 +16,7 @@ NAME = "numerics"
 OPERANDS, GEMMS = ("x", "w", "dy"), ("fprop", "dgrad", "wgrad")
 HEAD = ("operator", "recipe", "largest x", "w", "dy", "lost % x", "w", "dy", "cut % x", "w", "dy",
         "error % fprop", "dgrad", "wgrad")
-WIDTH = 150  # characters that a table of `rows` takes
+WIDTH = 160  # characters that a table of `rows` takes
 NOTE = ("largest: magnitude of the operand. lost: nonzero values that became zero. cut: values "
         "beyond the largest code. error: of one matmul against fp32, Frobenius norms.")
 

@@ -64,7 +64,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = jnp.float32,
     scale_v = 1 / (1 - jnp.power(f32(b2), count))
     updates = jax.tree.map(lambda m, v: (m * scale_m) / (jnp.sqrt(v * scale_v) + eps), mu, nu)
     mu, nu = _store(mu, mu_dtype, 0, count), _store(nu, nu_dtype, 1, count)
-    if moments.NAME in (mu_dtype, nu_dtype):  # quantized again, one old code in a million would change
+    if moments.NAME in (mu_dtype, nu_dtype):  # quantized again, one code in a million would change
       mu, nu = jax.tree.map(lambda n, o: jnp.where(good, n, o), (mu, nu), (state.mu, state.nu))
     return updates, AdamState(count, mu, nu)
 
