@@ -52,6 +52,10 @@ def train(arm: str, seed: int, steps: int, changes: dict[str, str], workdir: str
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
   steps_seen = [line for line in lines if line["kind"] == "train"]
   losses = [line["loss"] for line in steps_seen]
+  planned = round(cfg.train.tokens / cfg.data.batch_size / cfg.data.sequence_length)
+  if len(losses) < planned:
+    raise SystemExit(f"{folder} stopped after {len(losses)} of {planned} steps; the same command "
+                     "goes on from there")
   kept = {
       "arm": arm, "seed": seed, "changes": changes, "steps": len(losses),
       "smoothed": smoothed(losses)[-1],
