@@ -74,6 +74,29 @@ def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale:
   }, auto=("cudnn", "xla"))
 
 
+def attention_in_halves(impl: str = "auto") -> bool:
+  """Whether `attention` of this `impl` is what the two halves below compute."""
+  return impl == "xla" or (impl == "auto" and jax.default_backend() != "gpu")
+
+
+def attention_forward(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
+                      segments_BT: jax.Array | None = None, impl: str = "auto", block: int = 0
+                      ) -> tuple[jax.Array, jax.Array]:
+  """`attention`, not differentiable, and its log-sum-exp fp32 [B, T, H]; impl: auto, xla."""
+  return _dispatch("attention_forward", impl, {"xla": lambda: xla_attention.forward(
+      q_BTHK, k_BTHK, v_BTHU, scale=scale, segments_BT=segments_BT, block=block)}, auto=("xla",))
+
+
+def attention_backward(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, o_BTHU: jax.Array,
+                       lse_BTH: jax.Array, do_BTHU: jax.Array, *, scale: float,
+                       segments_BT: jax.Array | None = None, impl: str = "auto", block: int = 0
+                       ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of q, k, v from output, log-sum-exp and the output's gradient; impl: auto, xla."""
+  return _dispatch("attention_backward", impl, {"xla": lambda: xla_attention.backward(
+      q_BTHK, k_BTHK, v_BTHU, o_BTHU, lse_BTH, do_BTHU, scale=scale, segments_BT=segments_BT,
+      block=block)}, auto=("xla",))
+
+
 def gemm(x_MK: jax.Array, w_KN: jax.Array, *, impl: str = "auto") -> jax.Array:
   """`x @ w`, [M, N] in the dtype of both; impl: auto, xla (made for the CPU), reference."""
   return _dispatch("gemm", impl, {

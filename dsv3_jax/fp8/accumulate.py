@@ -115,16 +115,36 @@ def matmul(a_MK: jax.Array, b_KN: jax.Array, *, interval: int = 128, bits: int =
   def emulate(a_mk, b_kN):
     return _emulated(a_mk, b_kN, bits, truncation)
 
-  rows = min(max(_CHUNK // N, 1), M)
-  chunks = -(-M // rows)
-  a_ciRk = _pad(a_iMk, chunks * rows, 1).reshape(count, chunks, rows, interval).swapaxes(0, 1)
-  scale_ciR = (None if scale_a is None else
-               _pad(scale_a, chunks * rows, 1).reshape(count, chunks, rows).swapaxes(0, 1))
-  y_cRN = lax.map(lambda chunk: _promoted(emulate, chunk[0], b_ikN, chunk[1], scale_b),
-                  (a_ciRk, scale_ciR))
-  y_MN = y_cRN.reshape(chunks * rows, N)[:M]
+  y_MN = _in_chunks(lambda a_iRk, scale_iR: _promoted(emulate, a_iRk, b_ikN, scale_iR, scale_b),
+                    (a_iMk, scale_a), M, N)
   # Integers know no NaN; one plain product finds where they had to.
   plain_MN = _promoted(_dot, a_iMk, b_ikN, scale_a, scale_b)
+  return jnp.where(jnp.isfinite(plain_MN), y_MN, plain_MN)
+
+
+def add(register_MN: jax.Array, a_MK: jax.Array, b_KN: jax.Array, *, bits: int,
+        truncation: str = "zero") -> jax.Array:
+  """A register of the tensor core after `a @ b` was added to it, fp32 [M, N].
+
+  For sums whose operands come in pieces: adding the pieces one after another, each a multiple of 32
+  values of k, gives `matmul` of the whole with interval 0. Values that are not finite give what
+  fp32 addition gives.
+
+  Args:
+    register_MN: fp32; zeros to begin with.
+    a_MK, b_KN: values, scales multiplied in.
+    bits, truncation: as in `matmul`; bits is not 0.
+  """
+  _check(a_MK, b_KN, 0, bits, truncation)
+  if not bits:
+    raise ValueError("bits=0 is an fp32 sum; add the product itself")
+  (M, K), N = a_MK.shape, b_KN.shape[1]
+  whole = -(-K // STEP) * STEP
+  a_MK, b_KN = (_pad(z.astype(jnp.float32), whole, axis) for z, axis in ((a_MK, 1), (b_KN, 0)))
+  y_MN = _in_chunks(lambda a_1Rk, start_1RN: _emulated(a_1Rk[0], b_KN, bits, truncation,
+                                                       start_1RN[0]),
+                    (a_MK[None], register_MN[None]), M, N)
+  plain_MN = register_MN + _dot(a_MK, b_KN)
   return jnp.where(jnp.isfinite(plain_MN), y_MN, plain_MN)
 
 
@@ -146,7 +166,20 @@ def sum_of_step(a_SK: jax.Array, b_SK: jax.Array, bits: jax.Array, truncation: s
 # --- the tensor core ----------------------------------------------------------------------------
 
 
-def _emulated(a_mk: jax.Array, b_kN: jax.Array, bits: int, truncation: str) -> jax.Array:
+def _in_chunks(f, operands, M: int, N: int) -> jax.Array:
+  """`f` of `_CHUNK` outputs at a time: operands [i, M, ...] (or None) cut along M; [M, N]."""
+  rows = min(max(_CHUNK // N, 1), M)
+  chunks = -(-M // rows)
+
+  def cut(x):
+    return _pad(x, chunks * rows, 1).reshape(x.shape[0], chunks, rows, *x.shape[2:]).swapaxes(0, 1)
+
+  y_cRN = lax.map(lambda chunk: f(*chunk), jax.tree.map(cut, operands))
+  return y_cRN.reshape(chunks * rows, N)[:M]
+
+
+def _emulated(a_mk: jax.Array, b_kN: jax.Array, bits: int, truncation: str,
+              start_mN: jax.Array | None = None) -> jax.Array:
   """One interval: [m, k] times [k, N] in steps of 32, all added in one register; [m, N]."""
   steps = a_mk.shape[1] // STEP
   a_s32m = a_mk.T.reshape(steps, STEP, -1)
@@ -159,8 +192,8 @@ def _emulated(a_mk: jax.Array, b_kN: jax.Array, bits: int, truncation: str) -> j
     products = [a_32m[k][:, None] * b_32N[k][None] for k in range(STEP)]
     return _step(sum_mN, products, bits, truncation), None
 
-  # A start that varies as the operands do, under shard_map.
-  start_mN = jnp.zeros_like(a_s32m[0, 0][:, None] * b_s32N[0, 0][None])
+  if start_mN is None:  # zeros that vary as the operands do, under shard_map
+    start_mN = jnp.zeros_like(a_s32m[0, 0][:, None] * b_s32N[0, 0][None])
   return lax.scan(body, start_mN, (a_s32m, b_s32N))[0]
 
 

@@ -133,16 +133,42 @@ def gemm(x_MK: Held, w_GKN: Held, plan: Any, recipe: Recipe, impl: str) -> jax.A
 def wgrad(x_MK: Held, dy_MN: Held, plan: Any, groups: int, recipe: Recipe, impl: str) -> jax.Array:
   """`dw[g] = sum over the blocks of g of x^T dy`, fp32 [G, K, N].
 
-  With an emulated tensor core every block ends in a promotion, whatever the interval.
+  An emulated tensor core promotes after every `interval` rows of an expert, rounded up to whole
+  blocks where it is longer than one; 0: never.
   """
   if not recipe.bits:
     return ops.fp8_grouped_wgrad(scaled(x_MK), scaled(dy_MN), plan.group_m, plan.used, groups,
                                  impl=impl)
   blocks = plan.group_m.shape[0]
-  parts = lax.map(lambda z: _emulated(z[0].mT, z[1], recipe),
-                  (_blocks(x_MK, blocks), _blocks(dy_MN, blocks)))
-  parts = jnp.where((jnp.arange(blocks) < plan.used)[:, None, None], parts, 0)
-  return jax.ops.segment_sum(parts, plan.group_m, groups)
+  rows = plan.pair_M.shape[0] // blocks
+  x_mbK, dy_mbN = _blocks(x_MK, blocks), _blocks(dy_MN, blocks)
+  used_m = jnp.arange(blocks) < plan.used
+  if 0 < recipe.interval <= rows:
+    parts = lax.map(lambda z: _emulated(z[0].mT, z[1], recipe), (x_mbK, dy_mbN))
+    parts = jnp.where(used_m[:, None, None], parts, 0)
+    return jax.ops.segment_sum(parts, plan.group_m, groups)
+
+  # Blocks lie sorted by expert, so one register (and one fp32 sum of what it held) serves in turn.
+  period = -(-recipe.interval // rows)  # blocks between promotions; 0: none
+
+  def step(carry, block):
+    dw_GKN, promoted_KN, register_KN, count, last = carry
+    x, dy, group, used = block
+    fresh = group != last
+    count = jnp.where(fresh, 0, count)
+    promote = (count > 0) & (count % period == 0) if period else False
+    promoted_KN = jnp.where(fresh, 0, promoted_KN) + jnp.where(promote, register_KN, 0)
+    register_KN = accumulate.add(jnp.where(fresh | promote, 0, register_KN), value(x).T, value(dy),
+                                 bits=recipe.bits)
+    new = (dw_GKN.at[group].set(promoted_KN + register_KN), promoted_KN, register_KN, count + 1,
+           group)
+    return jax.tree.map(lambda a, b: jnp.where(used, a, b), new, carry), None
+
+  K, N = x_MK.shape[-1], dy_MN.shape[-1]
+  zeros = ops.varying_zeros((groups + 2, K, N), jnp.float32, plan.group_m)
+  start = (zeros[2:], zeros[0], zeros[1], plan.used * 0, plan.used * 0 - 1)
+  (dw_GKN, *_), _ = lax.scan(step, start, (x_mbK, dy_mbN, plan.group_m, used_m))
+  return dw_GKN
 
 
 # --- the layer ----------------------------------------------------------------------------------

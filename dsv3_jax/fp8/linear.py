@@ -22,7 +22,7 @@ scale; the report saw such a run diverge (appendix B.2, recipe `block_gradients`
 What is saved. Residuals are the quantized operands: a byte an element and a scale a tile. A SwiGLU
 keeps its two inputs in FP8 and computes its output again (`feed_forward`, `grouped.experts`). The
 input of the projection after attention is kept with 6 mantissa bits (E5M6, 12 bits an element),
-because attention's own backward pass reads it too.
+because attention's own backward pass reads the same copy (`attention.py`).
 
 Weights are `weights.Weight`s, quantized once an optimizer step; a plain array is quantized here.
 Several weights may share one input, which is then quantized and kept once. Derivatives with respect

@@ -28,6 +28,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config, ops
+from dsv3_jax.fp8 import attention as fp8_attention
 from dsv3_jax.fp8 import linear as fp8_linear
 from dsv3_jax.fp8 import weights
 from dsv3_jax.fp8.recipe import Recipe, resolve
@@ -127,9 +128,12 @@ class MLA(nnx.Module):
       first, z_BTZ = self.down(x_BTD, recipe)
       q_BTHK = self.queries(first, cos, sin, recipe)
       k_BTHK, v_BTHU = self.expand(*self.latents(z_BTZ, cos, sin), recipe)
-    o_BTHU = ops.attention(
-        q_BTHK, k_BTHK, v_BTHU, scale=rope.softmax_scale(self.cfg), segments_BT=segments_BT,
-        impl=runtime.attention, block=runtime.attention_block)
+    w_o_HUD = self.w_o_HUD[...]
+    how = dict(scale=rope.softmax_scale(self.cfg), impl=runtime.attention,
+               block=runtime.attention_block)
+    if fp8_attention.joined(recipe, w_o_HUD, runtime.attention):
+      return fp8_attention.attend(q_BTHK, k_BTHK, v_BTHU, w_o_HUD, segments_BT, recipe, **how)
+    o_BTHU = ops.attention(q_BTHK, k_BTHK, v_BTHU, segments_BT=segments_BT, **how)
     with jax.named_scope("mla_output"):
       site = recipe and fp8_linear.Site(recipe.output_x, recipe.output_cache)
-      return layers.linear(o_BTHU, self.w_o_HUD[...], 2, recipe, site)
+      return layers.linear(o_BTHU, w_o_HUD, 2, recipe, site)

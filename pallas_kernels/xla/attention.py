@@ -7,6 +7,7 @@ value heads may differ in width (192 and 128 in DeepSeek-V3).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,28 @@ def default_block(length: int) -> int:
   return int(np.clip(length // 16 // 128 * 128, 128, 512))
 
 
+class _Padded(NamedTuple):
+  """Heads-first operands, padded to whole tiles."""
+
+  arrays: tuple[jax.Array, ...]
+  segments_BT: jax.Array | None
+  size: int
+
+
+def _padded(arrays, segments_BT, block: int) -> _Padded:
+  T = arrays[0].shape[1]
+  size = min(block or default_block(T), T)
+  pad = -T % size
+  if segments_BT is not None:
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)), constant_values=-1)
+  turned = tuple(jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in arrays)
+  return _Padded(turned, segments_BT, size)
+
+
+def _tokens_first(x: jax.Array, T: int) -> jax.Array:
+  return x[:, :, :T].swapaxes(1, 2)
+
+
 def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
               segments_BT: jax.Array | None = None, block: int = 0) -> jax.Array:
   """Causal softmax attention, exact, with O(B H T block) memory in both directions.
@@ -168,15 +191,33 @@ def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale:
   Returns:
     [B, T, H, U] in the dtype of the queries; softmax in fp32.
   """
+  arrays, segments_BT, size = _padded((q_BTHK, k_BTHK, v_BTHU), segments_BT, block)
+  return _tokens_first(_attention(*arrays, segments_BT, scale, size), q_BTHK.shape[1])
+
+
+def forward(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
+            segments_BT: jax.Array | None = None, block: int = 0) -> tuple[jax.Array, jax.Array]:
+  """`attention` and the log-sum-exp fp32 [B, T, H] of its scores: what `backward` asks for."""
+  arrays, segments_BT, size = _padded((q_BTHK, k_BTHK, v_BTHU), segments_BT, block)
+  o_BHTU, lse_BHT = _forward(*arrays, segments_BT, scale, size)
   T = q_BTHK.shape[1]
-  block = min(block or default_block(T), T)
-  pad = -T % block
+  return _tokens_first(o_BHTU, T), lse_BHT[:, :, :T].swapaxes(1, 2)
 
-  def heads_first(x):
-    return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, pad), (0, 0)))
 
-  if segments_BT is not None:
-    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, pad)), constant_values=-1)
-  o_BHTU = _attention(heads_first(q_BTHK), heads_first(k_BTHK), heads_first(v_BTHU), segments_BT,
-                      scale, block)
-  return o_BHTU[:, :, :T].transpose(0, 2, 1, 3)
+def backward(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, o_BTHU: jax.Array,
+             lse_BTH: jax.Array, do_BTHU: jax.Array, *, scale: float,
+             segments_BT: jax.Array | None = None, block: int = 0
+             ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of q, k and v. `o_BTHU` may be an approximation: only its products with `do` enter.
+
+  Args:
+    lse_BTH: from `forward`.
+    do_BTHU: gradient of the output.
+    The rest as in `attention`.
+  """
+  T = q_BTHK.shape[1]
+  arrays, segments_BT, size = _padded(
+      (q_BTHK, k_BTHK, v_BTHU, o_BTHU, do_BTHU, lse_BTH[..., None]), segments_BT, block)
+  *qkv, o, do, lse = arrays
+  found = _backward(*qkv, segments_BT, o, lse[..., 0], do, scale, size)
+  return tuple(_tokens_first(d, T) for d in found)

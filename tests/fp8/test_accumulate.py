@@ -161,3 +161,26 @@ def test_errors(kwargs, says):
   """Oracle: the message names the value and the fix."""
   with pytest.raises(ValueError, match=says):
     accumulate.matmul(jnp.ones((4, 256)), jnp.ones((256, 4)), **kwargs)
+
+
+@pytest.mark.parametrize("bits", [14, 30])
+def test_pieces_added_one_after_another(bits):
+  """Law: a register that goes on over pieces of K holds the matmul of the whole, bit for bit."""
+  rng = np.random.default_rng(bits)
+  a, b = _codes(rng, 6, 160, wide=True), _codes(rng, 160, 9, wide=True)
+  add = quick.jit(lambda r, a, b: accumulate.add(r, a, b, bits=bits))
+  register = np.zeros((6, 9), np.float32)
+  for k0, k1 in ((0, 32), (32, 128), (128, 160)):
+    register = add(register, a[:, k0:k1], b[k0:k1])
+  np.testing.assert_array_equal(register, _emulate(a, b, bits=bits, interval=0))
+  assert np.abs(register - np.asarray(a, np.float64) @ np.asarray(b, np.float64)).max() > 0
+  a = np.array(a, np.float32)
+  a[2, 3] = np.nan
+  assert np.isnan(add(register, a[:, :32], b[:32])).any(1).tolist() == [False, False, True] + [
+      False] * 3
+
+
+def test_add_wants_bits():
+  """Oracle: the message names the value and the fix."""
+  with pytest.raises(ValueError, match="bits=0 is an fp32 sum"):
+    accumulate.add(jnp.zeros((2, 2)), jnp.ones((2, 32)), jnp.ones((32, 2)), bits=0)

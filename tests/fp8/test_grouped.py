@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_jax import config, ops
-from dsv3_jax.fp8 import grouped, weights
+from dsv3_jax.fp8 import accumulate, grouped, weights
 from dsv3_jax.fp8 import recipe as recipe_lib
 from dsv3_jax.model import layers, moe, routing
 from tests.fp8.test_linear import draw, metric, resolve, values
@@ -169,3 +170,32 @@ def test_bits_in_grouped_matmuls():
   for a, b, c in zip(exact, wide, narrow, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
     assert 1e-6 < metric(a, c) < 1e-2
+
+
+@pytest.mark.parametrize("interval, period", [(0, 0), (64, 64), (100, 128)])
+def test_promotion_over_the_blocks_of_an_expert(interval, period):
+  """Oracle: `accumulate.matmul` of each expert's rows alone: one register through its blocks."""
+  block, rng = 32, np.random.default_rng(interval)
+  expert_PA = rng.integers(0, 3, (150, 1)).astype(np.int32) * 2  # experts 0, 2, 4
+  plan = moe.plan(jnp.asarray(expert_PA), E, block)
+  r = dataclasses.replace(resolve("v3"), bits=14, interval=interval)
+  x, dy = rng.normal(size=(150, 24)), rng.normal(size=(150, 20))
+  tile = lambda o: dataclasses.replace(o, tile=(block, 1))
+
+  def run(x, dy):
+    x, dy = grouped.spread(x, plan), grouped.spread(dy, plan)
+    held = weights.hold(x, tile(r.wgrad_x), 1e-4), weights.hold(dy, tile(r.wgrad_dy), 1e-30)
+    return grouped.wgrad(*held, plan, E, r, "auto"), *(weights.value(h) for h in held)
+
+  dw, x_rows, dy_rows = (np.asarray(z) for z in jit(run)(x.astype(np.float32),
+                                                         dy.astype(np.float32)))
+  group_M = np.repeat(np.asarray(plan.group_m), block)
+  group_M[int(plan.used) * block:] = -1
+  for e in range(E):
+    rows = np.flatnonzero(group_M == e)
+    if not len(rows):
+      assert not dw[e].any()
+      continue
+    want = accumulate.matmul(x_rows[rows].T, dy_rows[rows], bits=14, interval=period)
+    np.testing.assert_array_equal(dw[e], want)
+    assert len(rows) > block or period == 0  # several blocks, or the test shows nothing
