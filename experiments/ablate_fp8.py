@@ -4,8 +4,8 @@
 Arms are the recipes of dsv3_jax/fp8/recipe.py: fp32 and bf16 (the baselines), v3, v3_pow2,
 per_tensor_current, per_tensor_delayed, hybrid_e5m2, block_gradients, no_promotion. Everything else
 is one: model, initial weights of a seed, data and their order. The model is as small as 128-wide
-tiles allow to be tiles: two of them across the residual stream, one an expert, and blocks of 128
-tokens an expert.
+tiles allow to be tiles: two of them across the residual stream, one an expert. Along the tokens an
+expert's tiles have 64 rows, the grouped matmul's blocks on a CPU.
 
 Parent:   experiments/tiny.py. Changes: a narrower vocabulary and shorter batches, no MTP, no EMA.
 Run:      dsv3 train --config=experiments/ablate_fp8.py:v3 --config.train.seed=1
