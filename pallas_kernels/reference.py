@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import scaled
+from pallas_kernels import latent_cache, scaled
 
 
 def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
@@ -57,3 +57,47 @@ def fp8_gemm(a_MK: scaled.Scaled, b_KN: scaled.Scaled) -> jax.Array:
     return found * x.scales
 
   return jnp.dot(values(a_MK), values(b_KN), precision=lax.Precision.HIGHEST)
+
+
+def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, scale: float,
+               pages_BN: jax.Array | None = None, kv_rank: int = 512, return_lse: bool = False
+               ) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """Attention of the newest T tokens over what MLA caches, absorbed form (report 2.1.1).
+
+  A token's cache entry is key and, in its first C = `kv_rank` numbers, value of every head.
+
+  Args:
+    q_BTHZ: queries folded with the key up-projection, then their rotary part; the T newest tokens.
+    cache: [B, S, Z], or a pool of pages [pages, page size, Z] if `pages_BN` is given; floating
+      point, or int32 records (`latent_cache`) in place of Z numbers.
+    lengths_B: int32, tokens a sequence has, the T new ones included; at most its cache holds.
+      Query t sees the first `length - (T - 1 - t)` of them.
+    scale: factor on the scores.
+    pages_BN: int32, numbers of a sequence's pages in order. Those from the first page that holds
+      none of its tokens are never used and may be anything, as may cache entries beyond the length.
+    kv_rank: C.
+    return_lse: also return log(sum(exp(scale * score))).
+
+  Returns:
+    [B, T, H, C] in the dtype of the queries; with `return_lse` also fp32 [B, T, H]. A query that
+    sees nothing gives zeros and -inf.
+
+  Raises:
+    ValueError: operands that do not fit each other.
+  """
+  latent_cache.check(q_BTHZ, cache, lengths_B, pages_BN, kv_rank)
+  B, T = q_BTHZ.shape[:2]
+  if pages_BN is not None:
+    cache = cache.at[pages_BN].get(mode="clip").reshape(B, -1, cache.shape[-1])
+  z_BSZ = latent_cache.values(cache).astype(jnp.float32)
+  exists_BS = jnp.arange(z_BSZ.shape[1]) < lengths_B[:, None]
+  z_BSZ = jnp.where(exists_BS[..., None], z_BSZ, 0)
+  limits_BT = lengths_B[:, None] - (T - 1 - jnp.arange(T))
+  seen_BTS = jnp.arange(z_BSZ.shape[1]) < limits_BT[..., None]
+  scores = scale * jnp.einsum("bthz,bsz->bths", q_BTHZ.astype(jnp.float32), z_BSZ,
+                              precision=lax.Precision.HIGHEST)
+  lse_BTH = jax.nn.logsumexp(scores, axis=-1, where=seen_BTS[:, :, None])
+  p = jnp.where(seen_BTS[:, :, None], jnp.exp(scores - lse_BTH[..., None]), 0)
+  o_BTHC = jnp.einsum("bths,bsc->bthc", p, z_BSZ[..., :kv_rank], precision=lax.Precision.HIGHEST)
+  o_BTHC = o_BTHC.astype(q_BTHZ.dtype)
+  return (o_BTHC, lse_BTH) if return_lse else o_BTHC
