@@ -250,6 +250,7 @@ class Runtime:
   gemm: str = "auto"  # dsv3_jax.ops.grouped_gemm implementation
   recipe: str = "none"  # of the linear layers' matmuls; none: in compute_dtype
   fp8: FP8 = FP8()  # changes to the recipe
+  fp8_impl: str = "auto"  # of FP8 quantizers and matmuls: auto, pallas (kernels), xla, reference
   layer_unroll: int = 1  # layers unrolled per iteration of the scan; 0 unrolls all
   head_chunk: int = 1024  # tokens whose logits exist at once in the loss
   mesh: Mesh = Mesh()
@@ -261,6 +262,7 @@ class Runtime:
     _one_of(s, self, "attention", ("auto", "xla", "cudnn", "reference"))
     _one_of(s, self, "gemm", ("auto", "xla", "ragged_dot", "reference"))
     _one_of(s, self, "recipe", RECIPES)
+    _one_of(s, self, "fp8_impl", ("auto", "pallas", "xla", "reference"))
     _require(self.recipe != "none" or self.fp8 == FP8(),
              f"{s}.fp8 changes a recipe, but {s}.recipe=none; choose one of "
              f"{', '.join(RECIPES[1:])}")

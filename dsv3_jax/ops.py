@@ -10,8 +10,10 @@ import logging
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import cudnn_attention, reference, scaled, vma
+from pallas_kernels.mosaic import adapters as mosaic
 from pallas_kernels.scaled import Scaled
 from pallas_kernels.xla import attention as xla_attention
 from pallas_kernels.xla import fp8_gemm as xla_fp8_gemm
@@ -127,41 +129,88 @@ def grouped_gemm(x_MK: jax.Array, w_GKN: jax.Array, group_m: jax.Array, used: ja
   }, auto=("xla",))
 
 
-def fp8_gemm(a_MK: Scaled, b_KN: Scaled, *, impl: str = "auto") -> jax.Array:
-  """`a @ b` of quantized operands, promoted to fp32: Fprop and Dgrad. fp32 [M, N].
+def fp8_multiplies_transposed(impl: str = "auto") -> bool:
+  """Whether FP8 matmuls of this `impl` read their second operand transposed, K contiguous.
+
+  Then `turned_NK` saves moving its bytes, and of a weight's two forms the other one is worth keeping.
+  """
+  return impl == "pallas" or (impl == "auto" and mosaic.on_hopper())
+
+
+def fp8_block(impl: str = "auto") -> int:
+  """Rows of a block that grouped FP8 kernels of this `impl` insist on; 0: any number."""
+  return mosaic.BLOCK if fp8_multiplies_transposed(impl) else 0
+
+
+def fp8_quantize(x: jax.Array, tile: tuple[int, int], *, pow2: bool = False, floor: float = 1e-4,
+                 impl: str = "auto") -> Scaled:
+  """`x` in E4M3 with online scales, [..., m, n]: tiles 1x128, 128x1 or 128x128.
+
+  Raises:
+    NotImplementedError: no kernel takes the call; `dsv3_jax.fp8.quantize` takes every one.
+  """
+  return _dispatch("fp8_quantize", impl, {
+      "pallas": lambda: mosaic.quantize(x, tile, pow2, floor, impl),
+      "xla": _not_here, "reference": _not_here}, auto=("pallas",))
+
+
+def _not_here():
+  raise NotImplementedError("dsv3_jax.fp8.quantize is the XLA form")
+
+
+def fp8_gemm(a_MK: Scaled, b_KN: Scaled, *, turned_NK: Scaled | None = None, dtype=jnp.float32,
+             impl: str = "auto") -> jax.Array:
+  """`a @ b` of quantized operands, added in fp32: Fprop and Dgrad. [M, N] in `dtype`.
 
   Args:
     a_MK: activations or gradients, a scale a row and tile of K.
     b_KN: a weight (for Dgrad: its transpose), a scale a block.
-    impl: auto, xla, reference.
+    turned_NK: the transpose of `b_KN`, if there is one.
+    impl: auto, pallas, xla, reference.
   """
   return _dispatch("fp8_gemm", impl, {
-      "xla": lambda: xla_fp8_gemm.gemm(a_MK, b_KN),
-      "reference": lambda: reference.fp8_gemm(a_MK, b_KN),
-  }, auto=("xla",))
+      "pallas": lambda: mosaic.gemm(a_MK, b_KN, turned_NK, dtype, impl),
+      "xla": lambda: xla_fp8_gemm.gemm(a_MK, b_KN).astype(dtype),
+      "reference": lambda: reference.fp8_gemm(a_MK, b_KN).astype(dtype),
+  }, auto=("pallas", "xla"))
 
 
 def fp8_wgrad(x_MK: Scaled, dy_MN: Scaled, *, impl: str = "auto") -> jax.Array:
   """`x^T dy` of operands with scales along the tokens: Wgrad. fp32 [K, N]."""
   return _dispatch("fp8_wgrad", impl, {
+      "pallas": lambda: mosaic.wgrad(x_MK, dy_MN, impl),
       "xla": lambda: xla_fp8_gemm.wgrad(x_MK, dy_MN),
       "reference": lambda: reference.fp8_gemm(
           Scaled(x_MK.codes.T, None if x_MK.scales is None else x_MK.scales.T, x_MK.tile[::-1]),
           dy_MN),
-  }, auto=("xla",))
+  }, auto=("pallas", "xla"))
 
 
 def fp8_grouped_gemm(x_MK: Scaled, w_GKN: Scaled, group_m: jax.Array, used: jax.Array, *,
-                     impl: str = "auto") -> jax.Array:
-  """`grouped_gemm` of quantized operands, fp32 [M, N]; `impl` as there."""
-  return grouped_gemm(scaled.dequantize(x_MK), scaled.dequantize(w_GKN), group_m, used, impl=impl)
+                     turned_GNK: Scaled | None = None, dtype=jnp.float32, impl: str = "auto"
+                     ) -> jax.Array:
+  """`grouped_gemm` of quantized operands, [M, N] in `dtype`; `impl` as there, and pallas."""
+  def dequantized(impl):
+    return lambda: grouped_gemm(scaled.dequantize(x_MK), scaled.dequantize(w_GKN), group_m, used,
+                                impl=impl).astype(dtype)
+
+  return _dispatch("fp8_grouped_gemm", impl, {
+      "pallas": lambda: mosaic.grouped_gemm(x_MK, w_GKN, turned_GNK, group_m, used, dtype, impl),
+      **{name: dequantized(name) for name in ("xla", "ragged_dot", "reference")},
+  }, auto=("pallas", "xla"))
 
 
 def fp8_grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax.Array,
                       groups: int, *, impl: str = "auto") -> jax.Array:
   """The weight gradient of `fp8_grouped_gemm`, fp32 [G, K, N]: a sum over each group's blocks."""
-  x_MK, dy_MN = scaled.dequantize(x_MK), scaled.dequantize(dy_MN)
-  w_GKN = varying_zeros((groups, x_MK.shape[1], dy_MN.shape[1]), x_MK.dtype, x_MK, dy_MN, group_m)
-  # The product is linear in the weights, so its pullback needs none: these zeros are never read.
-  _, pull = jax.vjp(lambda w: grouped_gemm(x_MK, w, group_m, used, impl=impl), w_GKN)
-  return pull(dy_MN)[0]
+  def dequantized(impl):
+    x, dy = scaled.dequantize(x_MK), scaled.dequantize(dy_MN)
+    w_GKN = varying_zeros((groups, x.shape[1], dy.shape[1]), x.dtype, x, dy, group_m)
+    # The product is linear in the weights, so its pullback needs none: these zeros are never read.
+    _, pull = jax.vjp(lambda w: grouped_gemm(x, w, group_m, used, impl=impl), w_GKN)
+    return pull(dy)[0]
+
+  return _dispatch("fp8_grouped_wgrad", impl, {
+      "pallas": lambda: mosaic.grouped_wgrad(x_MK, dy_MN, group_m, used, groups, impl),
+      **{name: functools.partial(dequantized, name) for name in ("xla", "ragged_dot", "reference")},
+  }, auto=("pallas", "xla"))

@@ -53,12 +53,12 @@ def _fwd(recipe, scale, impl, block, q, k, v, w, segments_BT, transposed=True):
   with jax.named_scope("mla_output"):
     x, found = linear.measured(o_PK, recipe.output_x, recipe.floor, w, 0)
     w = quantized(w, recipe, transposed)
-    y_PD = linear.gemm(x, w.fprop, recipe).astype(v.dtype)
+    y_PD = linear.gemm(x, w.fprop, recipe, w.dgrad, v.dtype)
     kept = (x if linear.same_form(recipe.output_x, recipe.output_cache)
             else hold(o_PK, recipe.output_cache, recipe.floor))
   kept = linear.save(kept, "attention_out")
   return y_PD, (q, k, v, segments_BT, kept, checkpoint_name(lse_BTH, "attention_lse"), found,
-                linear.shell(w))
+                linear.shell(w, recipe))
 
 
 def _bwd(recipe, scale, impl, block, residuals, dy_PD):

@@ -32,7 +32,8 @@ from jax import lax
 
 from dsv3_jax import ops
 from dsv3_jax.fp8 import accumulate, probe
-from dsv3_jax.fp8.linear import again, gradient, load, measured, same_form, save, scaled, shell
+from dsv3_jax.fp8.linear import (again, for_dgrad, gradient, load, measured, same_form, save,
+                                  scaled, shell)
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.fp8.recipe import Operand, Recipe
 from dsv3_jax.fp8.weights import Held, Weight, bare, hold, quantized, value
@@ -119,15 +120,23 @@ def _emulated(a: Held, b: Held, recipe: Recipe) -> jax.Array:
                            tile_a=tile_a, scale_b=scale_b, tile_b=tile_b)
 
 
-def gemm(x_MK: Held, w_GKN: Held, plan: Any, recipe: Recipe, impl: str) -> jax.Array:
-  """`y[block] = x[block] @ w[group of block]`, fp32 [M, N]; zeros beyond the blocks in use."""
+def _impl(recipe: Recipe, impl: str) -> str:
+  """The recipe's, unless it leaves the choice: then the one of the unquantized grouped matmul."""
+  return impl if recipe.impl == "auto" else recipe.impl
+
+
+def gemm(x_MK: Held, w_GKN: Held, plan: Any, recipe: Recipe, impl: str,
+         turned_GNK: Held | None = None, dtype=jnp.float32) -> jax.Array:
+  """`y[block] = x[block] @ w[group of block]`, [M, N]; zeros beyond the blocks in use."""
   if not recipe.bits:
-    return ops.fp8_grouped_gemm(scaled(x_MK), scaled(w_GKN), plan.group_m, plan.used, impl=impl)
+    return ops.fp8_grouped_gemm(
+        scaled(x_MK), scaled(w_GKN), plan.group_m, plan.used, dtype=dtype,
+        impl=_impl(recipe, impl), turned_GNK=None if turned_GNK is None else scaled(turned_GNK))
   blocks = plan.group_m.shape[0]
   y_mbN = lax.map(lambda z: _emulated(z[0], jax.tree.map(lambda w: w[z[1]], w_GKN), recipe),
                   (_blocks(x_MK, blocks), plan.group_m))
   y_mbN = jnp.where((jnp.arange(blocks) < plan.used)[:, None, None], y_mbN, 0)
-  return y_mbN.reshape(-1, y_mbN.shape[-1])
+  return y_mbN.reshape(-1, y_mbN.shape[-1]).astype(dtype)
 
 
 def wgrad(x_MK: Held, dy_MN: Held, plan: Any, groups: int, recipe: Recipe, impl: str) -> jax.Array:
@@ -138,7 +147,7 @@ def wgrad(x_MK: Held, dy_MN: Held, plan: Any, groups: int, recipe: Recipe, impl:
   """
   if not recipe.bits:
     return ops.fp8_grouped_wgrad(scaled(x_MK), scaled(dy_MN), plan.group_m, plan.used, groups,
-                                 impl=impl)
+                                 impl=_impl(recipe, impl))
   blocks = plan.group_m.shape[0]
   rows = plan.pair_M.shape[0] // blocks
   x_mbK, dy_mbN = _blocks(x_MK, blocks), _blocks(dy_MN, blocks)
@@ -195,15 +204,16 @@ def _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, transposed=True):
     kept = save(x, "dispatched")
     x_rows, gate_M1 = spread(x, plan), _gates(gate_PA, plan, dtype)
   with jax.named_scope("experts"):
-    gate_MF, up_MF = (gemm(x_rows, w.fprop, plan, recipe, impl).astype(dtype) for w in ws[:2])
+    gate_MF, up_MF = (gemm(x_rows, w.fprop, plan, recipe, impl, w.dgrad, dtype)
+                      for w in ws[:2])
     caches = tuple(save(hold(z, within(recipe.swiglu_cache, plan), recipe.floor), "expert_gate_up")
                    for z in (gate_MF, up_MF))
     h, h_amax = measured(_hidden(gate_MF, up_MF, gate_M1), within(recipe.fprop_x, plan),
                          recipe.floor, ws[2], 0)
-    y_MD = gemm(h, ws[2].fprop, plan, recipe, impl)
+    y_MD = gemm(h, ws[2].fprop, plan, recipe, impl, ws[2].dgrad, dtype)
   with jax.named_scope("combine"):
-    y_PD = collect(y_MD.astype(dtype), plan, dtype)
-  return y_PD, (kept, caches, gate_PA, x_amax, h_amax, tuple(shell(w) for w in ws), plan)
+    y_PD = collect(y_MD, plan, dtype)
+  return y_PD, (kept, caches, gate_PA, x_amax, h_amax, tuple(shell(w, recipe) for w in ws), plan)
 
 
 def _backward(x: Held, was: Operand, dys, held, ws, plan, recipe, impl, groups):
@@ -211,7 +221,8 @@ def _backward(x: Held, was: Operand, dys, held, ws, plan, recipe, impl, groups):
   x = again(x, was, within(recipe.wgrad_x, plan), recipe.floor)
   dx_MK, dws = 0.0, []
   for (dy, was_dy), dy_MN, w in zip(held, dys, ws, strict=True):
-    dx_MK += gemm(dy, load(w.dgrad), plan, recipe, impl)
+    w_GNK, turned_GKN = for_dgrad(w)
+    dx_MK += gemm(dy, w_GNK, plan, recipe, impl, turned_GKN)
     if w.master is None:
       dws.append(None)
       continue
@@ -225,7 +236,7 @@ def _backward(x: Held, was: Operand, dys, held, ws, plan, recipe, impl, groups):
 
 def _experts_bwd(recipe, impl, residuals, dy_PD):
   kept, caches, gate_PA, x_amax, h_amax, ws, plan = residuals
-  dtype, E = dy_PD.dtype, ws[0].dgrad.shape[0]
+  dtype, E = dy_PD.dtype, for_dgrad(ws[0])[0].shape[0]
   args = (plan, recipe, impl, E)
   with jax.named_scope("dispatch"):
     dy, dy_amax = measured(dy_PD, recipe.dispatch_dy, recipe.gradient_floor, ws[2], 1)

@@ -98,18 +98,20 @@ def measured(x: jax.Array, operand: Operand, floor: float, w: Weight, slot: int
 # --- matmuls ------------------------------------------------------------------------------------
 
 
-def gemm(a_MK: Held, b_KN: Held, recipe: Recipe) -> jax.Array:
-  """`a @ b`, fp32, as the recipe adds."""
+def gemm(a_MK: Held, b_KN: Held, recipe: Recipe, turned_NK: Held | None = None,
+         dtype=jnp.float32) -> jax.Array:
+  """`a @ b` in `dtype`, as the recipe adds; `turned_NK`: the transpose of b, where it exists."""
   if recipe.bits:
-    return emulated(a_MK, b_KN, recipe)
-  return ops.fp8_gemm(scaled(a_MK), scaled(b_KN))
+    return emulated(a_MK, b_KN, recipe).astype(dtype)
+  return ops.fp8_gemm(scaled(a_MK), scaled(b_KN), dtype=dtype, impl=recipe.impl,
+                      turned_NK=None if turned_NK is None else scaled(turned_NK))
 
 
 def wgrad(x_MK: Held, dy_MN: Held, recipe: Recipe) -> jax.Array:
   """`x^T dy`, fp32."""
   if recipe.bits:
     return emulated(x_MK.mT, dy_MN, recipe)
-  return ops.fp8_wgrad(scaled(x_MK), scaled(dy_MN))
+  return ops.fp8_wgrad(scaled(x_MK), scaled(dy_MN), impl=recipe.impl)
 
 
 def emulated(a_MK: Held, b_KN: Held, recipe: Recipe) -> jax.Array:
@@ -157,9 +159,9 @@ def _linear(recipe, site, x_MK, ws):
 def _linear_fwd(recipe, site, x_MK, ws, transposed=True):
   x, found = measured(x_MK, site.x, recipe.floor, ws[0], 0)
   ws = tuple(quantized(w, recipe, transposed) for w in ws)
-  ys = tuple(gemm(x, w.fprop, recipe).astype(x_MK.dtype) for w in ws)
+  ys = tuple(gemm(x, w.fprop, recipe, w.dgrad, x_MK.dtype) for w in ws)
   kept = x if same_form(site.x, site.cache) else hold(x_MK, site.cache, recipe.floor)
-  return ys, (save(kept, site.name), found, tuple(shell(w) for w in ws))
+  return ys, (save(kept, site.name), found, tuple(shell(w, recipe) for w in ws))
 
 
 def _linear_bwd(recipe, site, residuals, dys):
@@ -183,10 +185,26 @@ def load(saved: Held) -> Held:
   return saved.typed() if isinstance(saved, QTensor) else saved
 
 
-def shell(w: Weight) -> Weight:
-  """What the backward pass needs of a weight: Dgrad's operand, and of the master its dtype."""
+def shell(w: Weight, recipe: Recipe) -> Weight:
+  """What the backward pass needs of a weight: Dgrad's operand, and of the master its dtype.
+
+  The operand, read by `for_dgrad`, is in `dgrad`; or, where kernels multiply by transposed operands,
+  its transpose in `fprop`, so that no bytes move.
+  """
   master = None if w.master is None else jnp.zeros((0,), w.master.dtype)
-  return Weight(master, None, save(w.dgrad), w.amax, w.inputs, w.outputs)
+  fprop, dgrad = None, w.dgrad
+  if ops.fp8_multiplies_transposed(recipe.impl):
+    fprop, dgrad = (w.fprop if recipe.fprop_w == recipe.dgrad_w else w.dgrad.mT), None
+  return Weight(master, *(None if z is None else save(z) for z in (fprop, dgrad)), w.amax, w.inputs,
+                w.outputs)
+
+
+def for_dgrad(w: Weight) -> tuple[Held, Held | None]:
+  """Dgrad's operand of a `shell`, [..., N, K], and its transpose if that is what was kept."""
+  if w.dgrad is not None:
+    return load(w.dgrad), None
+  turned = load(w.fprop)
+  return turned.mT, turned
 
 
 def backward(kept: Held, was: Operand, dys: tuple[jax.Array, ...], ws: tuple[Weight, ...],
@@ -203,10 +221,12 @@ def backward(kept: Held, was: Operand, dys: tuple[jax.Array, ...], ws: tuple[Wei
     master) and the amax of its dy (None without a history).
   """
   dx_MK, found = 0.0, []
+  dtype = dys[0].dtype if len(dys) == 1 else jnp.float32  # sums of several are fp32
   x = again(kept, was, recipe.wgrad_x, recipe.floor)
   for dy_MN, w in zip(dys, ws, strict=True):
     dy, seen = measured(dy_MN, recipe.dgrad_dy, recipe.gradient_floor, w, 1)
-    dx_MK += gemm(dy, load(w.dgrad), recipe)
+    w_NK, turned_KN = for_dgrad(w)
+    dx_MK += gemm(dy, w_NK, recipe, turned_KN, dtype)
     dw_KN = None
     if w.master is not None:
       if not same_form(recipe.dgrad_dy, recipe.wgrad_dy):
@@ -251,12 +271,12 @@ def _feed_forward(recipe, x_PD, ws):
 def _feed_forward_fwd(recipe, x_PD, ws, transposed=True):
   ws = tuple(quantized(w, recipe, transposed) for w in ws)
   x, x_amax = measured(x_PD, recipe.fprop_x, recipe.floor, ws[0], 0)
-  gate_PF, up_PF = (gemm(x, w.fprop, recipe).astype(x_PD.dtype) for w in ws[:2])
+  gate_PF, up_PF = (gemm(x, w.fprop, recipe, w.dgrad, x_PD.dtype) for w in ws[:2])
   caches = tuple(save(hold(z, recipe.swiglu_cache, recipe.floor), name)
                  for z, name in ((gate_PF, "ffn_gate"), (up_PF, "ffn_up")))
   h, h_amax = measured(jax.nn.silu(gate_PF) * up_PF, recipe.fprop_x, recipe.floor, ws[2], 0)
-  y_PD = gemm(h, ws[2].fprop, recipe).astype(x_PD.dtype)
-  return y_PD, (save(x), caches, x_amax, h_amax, tuple(shell(w) for w in ws))
+  y_PD = gemm(h, ws[2].fprop, recipe, ws[2].dgrad, x_PD.dtype)
+  return y_PD, (save(x), caches, x_amax, h_amax, tuple(shell(w, recipe) for w in ws))
 
 
 def _feed_forward_bwd(recipe, residuals, dy_PD):

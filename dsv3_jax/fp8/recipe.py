@@ -44,6 +44,7 @@ class Operand:
     tile: rows x columns of a scale; (0, 0): the whole tensor.
     scale: "fp32" or "pow2".
     delayed: the amax comes from the history.
+    impl: of the quantizer; see `ops.fp8_quantize`.
   """
 
   format: formats.Format | None = None
@@ -51,9 +52,10 @@ class Operand:
   tile: tuple[int, int] = (0, 0)
   scale: str = "fp32"
   delayed: bool = False
+  impl: str = "auto"
 
 
-def parse(text: str) -> Operand:
+def parse(text: str, impl: str = "auto") -> Operand:
   """An operand as configs write it; `config.FP8` has checked the text."""
   if text == "compute":
     return Operand()
@@ -61,12 +63,15 @@ def parse(text: str) -> Operand:
     return Operand(dtype={"bf16": "bfloat16", "fp32": "float32"}[text])
   name, tile, scale, *delayed = text.split()
   sizes = (0, 0) if tile == "tensor" else tuple(int(n) for n in tile.split("x"))
-  return Operand(formats.get(name), None, sizes, scale, bool(delayed))
+  return Operand(formats.get(name), None, sizes, scale, bool(delayed), impl)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """`config.FP8` with operands parsed; see there for what each field means."""
+  """`config.FP8` with operands parsed; see there for what each field means.
+
+  `impl` is `runtime.fp8_impl`, of quantizers and matmuls.
+  """
 
   fprop_x: Operand
   fprop_w: Operand
@@ -84,6 +89,7 @@ class Recipe:
   floor: float
   gradient_floor: float
   history: int
+  impl: str = "auto"
 
   @property
   def quantized(self) -> bool:
@@ -152,7 +158,8 @@ def resolve(runtime: config.Runtime, held: bool = False) -> Recipe | None:
   merged = dataclasses.asdict(_uniform("compute") if runtime.recipe == "none" else
                               RECIPES[runtime.recipe])
   merged |= {k: v for k, v in dataclasses.asdict(runtime.fp8).items() if v is not None}
-  recipe = Recipe(**{k: parse(v) if isinstance(v, str) else v for k, v in merged.items()})
+  recipe = Recipe(**{k: parse(v, runtime.fp8_impl) if isinstance(v, str) else v
+                     for k, v in merged.items()}, impl=runtime.fp8_impl)
   plain = (None, runtime.compute_dtype)
   operands = [v for v in vars(recipe).values() if isinstance(v, Operand)]
   if not held and all(o.format is None and o.dtype in plain for o in operands):

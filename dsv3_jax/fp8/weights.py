@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax import ops
+from dsv3_jax.fp8.formats import E4M3, encode_pow2
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.fp8.quantize import quantize
 from dsv3_jax.fp8.recipe import Operand, Recipe
@@ -59,12 +61,26 @@ class Weight:
 def hold(x: jax.Array, operand: Operand, floor: float, amax: jax.Array | None = None) -> Held:
   """`x` as the operand says; quantized along its last two axes."""
   if operand.format is not None:
+    if operand.format is E4M3 and amax is None:
+      try:
+        found = ops.fp8_quantize(x, operand.tile, pow2=operand.scale == "pow2", floor=floor,
+                                 impl=operand.impl)
+      except NotImplementedError:
+        pass
+      else:
+        return from_scaled(found, operand.scale == "pow2")
     return quantize(x, operand.format, operand.tile, scale=operand.scale, floor=floor, amax=amax)
   if operand.dtype is None or operand.dtype == x.dtype:
     return x
   if operand.dtype == "bfloat16":  # XLA may skip a cast that is cast back later, but not this
     x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
   return x.astype(operand.dtype)
+
+
+def from_scaled(x: ops.Scaled, pow2: bool) -> QTensor:
+  """What a kernel quantized to E4M3; `pow2`: its scales are kept as bytes."""
+  scales = encode_pow2(x.scales) if pow2 else x.scales
+  return QTensor(x.codes, scales, E4M3, x.tile, x.codes.shape[-1]).validate()
 
 
 def quantized(w: Weight, recipe: Recipe, transposed: bool = True) -> Weight:

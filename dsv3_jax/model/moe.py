@@ -154,7 +154,9 @@ class MoELayer(nnx.Module):
     """Sum over each token's experts of gate * FFN(x), [P, D]."""
     dtype = x_PD.dtype
     E = self.cfg.experts
-    p = plan(routed.expert_PA, E, block_rows(routed.expert_PA.size, E))
+    kernels = recipe is not None and recipe.quantized
+    block = (kernels and ops.fp8_block(recipe.impl)) or block_rows(routed.expert_PA.size, E)
+    p = plan(routed.expert_PA, E, block)
     if recipe is not None:
       ws = self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...]
       return grouped.experts(x_PD, routed.gate_PA, *ws, p, recipe, gemm)
