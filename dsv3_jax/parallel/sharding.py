@@ -48,6 +48,12 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, spec("tokens_BS", ndim=3))
 
 
+def varies(x: jax.Array) -> frozenset[str]:
+  """Mesh axes over which `x` differs, inside `shard_map`; none outside."""
+  aval = jax.typeof(x)
+  return frozenset(aval.vma if hasattr(aval, "vma") else aval.mat.varying)  # renamed in jax 0.11
+
+
 def varying(tree: Any, axes: tuple[str, ...]) -> Any:
   """Inside `shard_map`: marks every leaf as differing between the devices of `axes`.
 
@@ -56,9 +62,7 @@ def varying(tree: Any, axes: tuple[str, ...]) -> Any:
   """
 
   def cast(x):
-    aval = jax.typeof(x)
-    have = aval.vma if hasattr(aval, "vma") else aval.mat.varying  # renamed between jax versions
-    missing = tuple(a for a in axes if a not in have)
+    missing = tuple(a for a in axes if a not in varies(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
   return jax.tree.map(cast, tree) if axes else tree
