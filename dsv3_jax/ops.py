@@ -132,7 +132,7 @@ def grouped_gemm(x_MK: jax.Array, w_GKN: jax.Array, group_m: jax.Array, used: ja
 def fp8_multiplies_transposed(impl: str = "auto") -> bool:
   """Whether FP8 matmuls of this `impl` read their second operand transposed, K contiguous.
 
-  Then `turned_NK` saves moving its bytes, and of a weight's two forms the other one is worth keeping.
+  Then `turned_NK` saves moving bytes, and of a weight's two forms the other one is worth keeping.
   """
   return impl == "pallas" or (impl == "auto" and mosaic.on_hopper())
 
@@ -149,36 +149,57 @@ def fp8_quantize(x: jax.Array, tile: tuple[int, int], *, pow2: bool = False, flo
   Raises:
     NotImplementedError: no kernel takes the call; `dsv3_jax.fp8.quantize` takes every one.
   """
-  return _dispatch("fp8_quantize", impl, {
-      "pallas": lambda: mosaic.quantize(x, tile, pow2, floor, impl),
-      "xla": _not_here, "reference": _not_here}, auto=("pallas",))
+  return _kernel("fp8_quantize", impl, lambda: mosaic.quantize(x, tile, pow2, floor, impl))
 
 
-def _not_here():
-  raise NotImplementedError("dsv3_jax.fp8.quantize is the XLA form")
+def fp8_quantize_both(x_MK: jax.Array, *, pow2: bool = False, floor: float = 1e-4,
+                      impl: str = "auto") -> tuple[Scaled, Scaled]:
+  """`fp8_quantize` in tiles of 1x128 and of 128x1, from one read."""
+  return _kernel("fp8_quantize_both", impl, lambda: mosaic.quantize_both(x_MK, pow2, floor, impl))
+
+
+def fp8_quantize_weight(w: jax.Array, *, pow2: bool = False, floor: float = 1e-4,
+                        impl: str = "auto") -> tuple[Scaled, Scaled]:
+  """Weights [..., K, N] in blocks of 128x128, and their transpose, from one read."""
+  return _kernel("fp8_quantize_weight", impl, lambda: mosaic.quantize_weight(w, pow2, floor, impl))
+
+
+def fp8_turn(x_MK: Scaled, *, pow2: bool = False, floor: float = 1e-4, impl: str = "auto"
+             ) -> Scaled:
+  """What lies in tiles of 1x128, quantized again in tiles of 128x1."""
+  return _kernel("fp8_turn", impl, lambda: mosaic.turn(x_MK, pow2, floor, impl))
+
+
+def _kernel(op: str, impl: str, call: Callable):
+  """The kernel's result; NotImplementedError: `dsv3_jax.fp8.quantize` is to take the call."""
+  if impl not in ("auto", "pallas"):
+    raise NotImplementedError(f"{op} has no implementation {impl!r}")
+  return _dispatch(op, impl, {"pallas": call}, auto=("pallas",))
 
 
 def fp8_gemm(a_MK: Scaled, b_KN: Scaled, *, turned_NK: Scaled | None = None, dtype=jnp.float32,
-             impl: str = "auto") -> jax.Array:
+             interval: int = 128, impl: str = "auto") -> jax.Array:
   """`a @ b` of quantized operands, added in fp32: Fprop and Dgrad. [M, N] in `dtype`.
 
   Args:
     a_MK: activations or gradients, a scale a row and tile of K.
     b_KN: a weight (for Dgrad: its transpose), a scale a block.
     turned_NK: the transpose of `b_KN`, if there is one.
+    interval: values of K that a kernel adds in the tensor core; the others add in fp32.
     impl: auto, pallas, xla, reference.
   """
   return _dispatch("fp8_gemm", impl, {
-      "pallas": lambda: mosaic.gemm(a_MK, b_KN, turned_NK, dtype, impl),
+      "pallas": lambda: mosaic.gemm(a_MK, b_KN, turned_NK, dtype, interval, impl),
       "xla": lambda: xla_fp8_gemm.gemm(a_MK, b_KN).astype(dtype),
       "reference": lambda: reference.fp8_gemm(a_MK, b_KN).astype(dtype),
   }, auto=("pallas", "xla"))
 
 
-def fp8_wgrad(x_MK: Scaled, dy_MN: Scaled, *, impl: str = "auto") -> jax.Array:
+def fp8_wgrad(x_MK: Scaled, dy_MN: Scaled, *, interval: int = 128, impl: str = "auto"
+              ) -> jax.Array:
   """`x^T dy` of operands with scales along the tokens: Wgrad. fp32 [K, N]."""
   return _dispatch("fp8_wgrad", impl, {
-      "pallas": lambda: mosaic.wgrad(x_MK, dy_MN, impl),
+      "pallas": lambda: mosaic.wgrad(x_MK, dy_MN, interval, impl),
       "xla": lambda: xla_fp8_gemm.wgrad(x_MK, dy_MN),
       "reference": lambda: reference.fp8_gemm(
           Scaled(x_MK.codes.T, None if x_MK.scales is None else x_MK.scales.T, x_MK.tile[::-1]),
@@ -187,21 +208,22 @@ def fp8_wgrad(x_MK: Scaled, dy_MN: Scaled, *, impl: str = "auto") -> jax.Array:
 
 
 def fp8_grouped_gemm(x_MK: Scaled, w_GKN: Scaled, group_m: jax.Array, used: jax.Array, *,
-                     turned_GNK: Scaled | None = None, dtype=jnp.float32, impl: str = "auto"
-                     ) -> jax.Array:
+                     turned_GNK: Scaled | None = None, dtype=jnp.float32, interval: int = 128,
+                     impl: str = "auto") -> jax.Array:
   """`grouped_gemm` of quantized operands, [M, N] in `dtype`; `impl` as there, and pallas."""
   def dequantized(impl):
     return lambda: grouped_gemm(scaled.dequantize(x_MK), scaled.dequantize(w_GKN), group_m, used,
                                 impl=impl).astype(dtype)
 
   return _dispatch("fp8_grouped_gemm", impl, {
-      "pallas": lambda: mosaic.grouped_gemm(x_MK, w_GKN, turned_GNK, group_m, used, dtype, impl),
+      "pallas": lambda: mosaic.grouped_gemm(x_MK, w_GKN, turned_GNK, group_m, used, dtype, interval,
+                                            impl),
       **{name: dequantized(name) for name in ("xla", "ragged_dot", "reference")},
   }, auto=("pallas", "xla"))
 
 
 def fp8_grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax.Array,
-                      groups: int, *, impl: str = "auto") -> jax.Array:
+                      groups: int, *, interval: int = 128, impl: str = "auto") -> jax.Array:
   """The weight gradient of `fp8_grouped_gemm`, fp32 [G, K, N]: a sum over each group's blocks."""
   def dequantized(impl):
     x, dy = scaled.dequantize(x_MK), scaled.dequantize(dy_MN)
@@ -211,6 +233,6 @@ def fp8_grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax
     return pull(dy)[0]
 
   return _dispatch("fp8_grouped_wgrad", impl, {
-      "pallas": lambda: mosaic.grouped_wgrad(x_MK, dy_MN, group_m, used, groups, impl),
+      "pallas": lambda: mosaic.grouped_wgrad(x_MK, dy_MN, group_m, used, groups, interval, impl),
       **{name: functools.partial(dequantized, name) for name in ("xla", "ragged_dot", "reference")},
   }, auto=("pallas", "xla"))

@@ -32,8 +32,17 @@ from jax import lax
 
 from dsv3_jax import ops
 from dsv3_jax.fp8 import accumulate, probe
-from dsv3_jax.fp8.linear import (again, for_dgrad, gradient, load, measured, same_form, save,
-                                  scaled, shell)
+from dsv3_jax.fp8.linear import (
+  again,
+  for_dgrad,
+  gradient,
+  gradients,
+  load,
+  measured,
+  save,
+  scaled,
+  shell,
+)
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.fp8.recipe import Operand, Recipe
 from dsv3_jax.fp8.weights import Held, Weight, bare, hold, quantized, value
@@ -131,7 +140,8 @@ def gemm(x_MK: Held, w_GKN: Held, plan: Any, recipe: Recipe, impl: str,
   if not recipe.bits:
     return ops.fp8_grouped_gemm(
         scaled(x_MK), scaled(w_GKN), plan.group_m, plan.used, dtype=dtype,
-        impl=_impl(recipe, impl), turned_GNK=None if turned_GNK is None else scaled(turned_GNK))
+        interval=recipe.interval, impl=_impl(recipe, impl),
+        turned_GNK=None if turned_GNK is None else scaled(turned_GNK))
   blocks = plan.group_m.shape[0]
   y_mbN = lax.map(lambda z: _emulated(z[0], jax.tree.map(lambda w: w[z[1]], w_GKN), recipe),
                   (_blocks(x_MK, blocks), plan.group_m))
@@ -147,7 +157,7 @@ def wgrad(x_MK: Held, dy_MN: Held, plan: Any, groups: int, recipe: Recipe, impl:
   """
   if not recipe.bits:
     return ops.fp8_grouped_wgrad(scaled(x_MK), scaled(dy_MN), plan.group_m, plan.used, groups,
-                                 impl=_impl(recipe, impl))
+                                 interval=recipe.interval, impl=_impl(recipe, impl))
   blocks = plan.group_m.shape[0]
   rows = plan.pair_M.shape[0] // blocks
   x_mbK, dy_mbN = _blocks(x_MK, blocks), _blocks(dy_MN, blocks)
@@ -216,21 +226,14 @@ def _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, transposed=True):
   return y_PD, (kept, caches, gate_PA, x_amax, h_amax, tuple(shell(w, recipe) for w in ws), plan)
 
 
-def _backward(x: Held, was: Operand, dys, held, ws, plan, recipe, impl, groups):
-  """Dgrad and Wgrad of grouped layers that share their input; `held[i]` is dys[i] for Dgrad."""
+def _backward(x: Held, was: Operand, dys, ws, plan, recipe, impl, groups):
+  """Dgrad and Wgrad of grouped layers that share their input; dys: for Dgrad, for Wgrad, each."""
   x = again(x, was, within(recipe.wgrad_x, plan), recipe.floor)
   dx_MK, dws = 0.0, []
-  for (dy, was_dy), dy_MN, w in zip(held, dys, ws, strict=True):
+  for (dy, dy_t), w in zip(dys, ws, strict=True):
     w_GNK, turned_GKN = for_dgrad(w)
     dx_MK += gemm(dy, w_GNK, plan, recipe, impl, turned_GKN)
-    if w.master is None:
-      dws.append(None)
-      continue
-    operand = within(recipe.wgrad_dy, plan)
-    if not same_form(was_dy, operand):
-      exact = value(dy) if dy_MN is None else dy_MN
-      dy = hold(exact, operand, recipe.gradient_floor)
-    dws.append(wgrad(x, dy, plan, groups, recipe, impl))
+    dws.append(None if w.master is None else wgrad(x, dy_t, plan, groups, recipe, impl))
   return dx_MK, dws
 
 
@@ -244,15 +247,16 @@ def _experts_bwd(recipe, impl, residuals, dy_PD):
   with jax.named_scope("experts"):
     gate_MF, up_MF = (value(load(c)).astype(dtype) for c in caches)
     h_MF, pull = jax.vjp(_hidden, gate_MF, up_MF, gate_M1)
-    wgrad_x = within(recipe.wgrad_x, plan)
-    dh_MF, [dw_down] = _backward(hold(h_MF, wgrad_x, recipe.floor), wgrad_x, (None,),
-                                 ((dy, recipe.dispatch_dy),), ws[2:], *args)
+    wgrad_x, wgrad_dy = within(recipe.wgrad_x, plan), within(recipe.wgrad_dy, plan)
+    dy_t = again(dy, recipe.dispatch_dy, wgrad_dy, recipe.gradient_floor)
+    dh_MF, [dw_down] = _backward(hold(h_MF, wgrad_x, recipe.floor), wgrad_x, ((dy, dy_t),), ws[2:],
+                                 *args)
     *dys, dgate_M1 = pull(dh_MF.astype(dtype))
-    dgrad_dy = within(recipe.dgrad_dy, plan)
-    held, amaxes = zip(*(measured(d, dgrad_dy, recipe.gradient_floor, w, 1)
+    *dys, amaxes = zip(*(gradients(d, within(recipe.dgrad_dy, plan), wgrad_dy,
+                                   recipe.gradient_floor, w)
                          for d, w in zip(dys, ws[:2], strict=True)), strict=True)
-    dx_MD, dws = _backward(spread(load(kept), plan), recipe.dispatch_x, tuple(dys),
-                           tuple((d, dgrad_dy) for d in held), ws[:2], *args)
+    dx_MD, dws = _backward(spread(load(kept), plan), recipe.dispatch_x, zip(*dys, strict=True),
+                           ws[:2], *args)
   with jax.named_scope("combine"):
     dx_PD = collect(dx_MD.astype(dtype), plan, dtype)
     dgate_PA = dgate_M1[:, 0].astype(gate_PA.dtype)[plan.row_PA]

@@ -45,7 +45,16 @@ from dsv3_jax import ops
 from dsv3_jax.fp8 import accumulate, probe
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.fp8.recipe import Operand, Recipe
-from dsv3_jax.fp8.weights import Held, Weight, bare, hold, quantized, value
+from dsv3_jax.fp8.weights import (
+  Held,
+  Weight,
+  bare,
+  from_scaled,
+  hold,
+  is_tiles,
+  quantized,
+  value,
+)
 
 Scaled = ops.Scaled
 
@@ -77,6 +86,12 @@ def again(held: Held, was: Operand, operand: Operand, floor: float, dtype=jnp.fl
   """What is held as `was`, held as `operand`: read back and quantized in other tiles."""
   if same_form(was, operand):
     return held
+  if is_tiles(was, 1, 128) and is_tiles(operand, 128, 1):
+    try:
+      return from_scaled(ops.fp8_turn(scaled(held), pow2=operand.scale == "pow2", floor=floor,
+                                      impl=operand.impl), operand)
+    except NotImplementedError:
+      pass
   return hold(value(held).astype(dtype if operand.format is None else jnp.float32), operand, floor)
 
 
@@ -95,6 +110,22 @@ def measured(x: jax.Array, operand: Operand, floor: float, w: Weight, slot: int
   return hold(x, operand, floor, assumed), found
 
 
+def gradients(dy_MN: jax.Array, rows: Operand, columns: Operand, floor: float, w: Weight
+              ) -> tuple[Held, Held | None, jax.Array | None]:
+  """dy as Dgrad wants it, as Wgrad does (None without a master), and its amax as `measured`."""
+  if w.master is None or same_form(rows, columns):
+    dy, seen = measured(dy_MN, rows, floor, w, 1)
+    return dy, dy, seen
+  if is_tiles(rows, 1, 128) and is_tiles(columns, 128, 1) and rows.scale == columns.scale:
+    try:
+      both = ops.fp8_quantize_both(dy_MN, pow2=rows.scale == "pow2", floor=floor, impl=rows.impl)
+      return *(from_scaled(x, o) for x, o in zip(both, (rows, columns), strict=True)), None
+    except NotImplementedError:
+      pass
+  dy, seen = measured(dy_MN, rows, floor, w, 1)
+  return dy, hold(dy_MN, columns, floor), seen
+
+
 # --- matmuls ------------------------------------------------------------------------------------
 
 
@@ -103,7 +134,8 @@ def gemm(a_MK: Held, b_KN: Held, recipe: Recipe, turned_NK: Held | None = None,
   """`a @ b` in `dtype`, as the recipe adds; `turned_NK`: the transpose of b, where it exists."""
   if recipe.bits:
     return emulated(a_MK, b_KN, recipe).astype(dtype)
-  return ops.fp8_gemm(scaled(a_MK), scaled(b_KN), dtype=dtype, impl=recipe.impl,
+  return ops.fp8_gemm(scaled(a_MK), scaled(b_KN), dtype=dtype, interval=recipe.interval,
+                      impl=recipe.impl,
                       turned_NK=None if turned_NK is None else scaled(turned_NK))
 
 
@@ -111,7 +143,7 @@ def wgrad(x_MK: Held, dy_MN: Held, recipe: Recipe) -> jax.Array:
   """`x^T dy`, fp32."""
   if recipe.bits:
     return emulated(x_MK.mT, dy_MN, recipe)
-  return ops.fp8_wgrad(scaled(x_MK), scaled(dy_MN), impl=recipe.impl)
+  return ops.fp8_wgrad(scaled(x_MK), scaled(dy_MN), interval=recipe.interval, impl=recipe.impl)
 
 
 def emulated(a_MK: Held, b_KN: Held, recipe: Recipe) -> jax.Array:
@@ -188,8 +220,8 @@ def load(saved: Held) -> Held:
 def shell(w: Weight, recipe: Recipe) -> Weight:
   """What the backward pass needs of a weight: Dgrad's operand, and of the master its dtype.
 
-  The operand, read by `for_dgrad`, is in `dgrad`; or, where kernels multiply by transposed operands,
-  its transpose in `fprop`, so that no bytes move.
+  The operand, read by `for_dgrad`, is in `dgrad`; or its transpose in `fprop`, where kernels read
+  that one, so that no bytes move.
   """
   master = None if w.master is None else jnp.zeros((0,), w.master.dtype)
   fprop, dgrad = None, w.dgrad
@@ -224,14 +256,12 @@ def backward(kept: Held, was: Operand, dys: tuple[jax.Array, ...], ws: tuple[Wei
   dtype = dys[0].dtype if len(dys) == 1 else jnp.float32  # sums of several are fp32
   x = again(kept, was, recipe.wgrad_x, recipe.floor)
   for dy_MN, w in zip(dys, ws, strict=True):
-    dy, seen = measured(dy_MN, recipe.dgrad_dy, recipe.gradient_floor, w, 1)
+    dy, dy_t, seen = gradients(dy_MN, recipe.dgrad_dy, recipe.wgrad_dy, recipe.gradient_floor, w)
     w_NK, turned_KN = for_dgrad(w)
     dx_MK += gemm(dy, w_NK, recipe, turned_KN, dtype)
     dw_KN = None
     if w.master is not None:
-      if not same_form(recipe.dgrad_dy, recipe.wgrad_dy):
-        dy = hold(dy_MN, recipe.wgrad_dy, recipe.gradient_floor)
-      dw_KN = wgrad(x, dy, recipe)
+      dw_KN = wgrad(x, dy_t, recipe)
     found.append((dw_KN, seen))
   return dx_MK.astype(dys[0].dtype), found
 

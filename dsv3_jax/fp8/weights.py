@@ -61,14 +61,12 @@ class Weight:
 def hold(x: jax.Array, operand: Operand, floor: float, amax: jax.Array | None = None) -> Held:
   """`x` as the operand says; quantized along its last two axes."""
   if operand.format is not None:
-    if operand.format is E4M3 and amax is None:
+    if amax is None and (is_tiles(operand, 1, 128) or is_tiles(operand, 128, 1)):
       try:
-        found = ops.fp8_quantize(x, operand.tile, pow2=operand.scale == "pow2", floor=floor,
-                                 impl=operand.impl)
+        return from_scaled(ops.fp8_quantize(x, operand.tile, pow2=operand.scale == "pow2",
+                                            floor=floor, impl=operand.impl), operand)
       except NotImplementedError:
         pass
-      else:
-        return from_scaled(found, operand.scale == "pow2")
     return quantize(x, operand.format, operand.tile, scale=operand.scale, floor=floor, amax=amax)
   if operand.dtype is None or operand.dtype == x.dtype:
     return x
@@ -77,9 +75,14 @@ def hold(x: jax.Array, operand: Operand, floor: float, amax: jax.Array | None = 
   return x.astype(operand.dtype)
 
 
-def from_scaled(x: ops.Scaled, pow2: bool) -> QTensor:
-  """What a kernel quantized to E4M3; `pow2`: its scales are kept as bytes."""
-  scales = encode_pow2(x.scales) if pow2 else x.scales
+def is_tiles(operand: Operand, rows: int, columns: int) -> bool:
+  """Whether the operand is E4M3 in such tiles, with scales of its own: what kernels quantize."""
+  return operand.format is E4M3 and operand.tile == (rows, columns) and not operand.delayed
+
+
+def from_scaled(x: ops.Scaled, operand: Operand) -> QTensor:
+  """What a kernel quantized as `operand` says; powers of two are kept as bytes."""
+  scales = encode_pow2(x.scales) if operand.scale == "pow2" else x.scales
   return QTensor(x.codes, scales, E4M3, x.tile, x.codes.shape[-1]).validate()
 
 
@@ -89,6 +92,14 @@ def quantized(w: Weight, recipe: Recipe, transposed: bool = True) -> Weight:
   if fprop is None:
     lead = w.master.shape[:w.master.ndim - len(w.inputs) - len(w.outputs)]
     matrix = w.master.reshape(*lead, math.prod(w.inputs), math.prod(w.outputs))
+    if is_tiles(recipe.fprop_w, 128, 128) and recipe.dgrad_w == recipe.fprop_w:
+      try:
+        both = ops.fp8_quantize_weight(matrix, pow2=recipe.fprop_w.scale == "pow2",
+                                       floor=recipe.floor, impl=recipe.impl)
+        return dataclasses.replace(w, **{name: from_scaled(x, recipe.fprop_w) for name, x in
+                                         zip(("fprop", "dgrad"), both, strict=True)})
+      except NotImplementedError:
+        pass
     fprop = hold(matrix, recipe.fprop_w, recipe.floor)
     if recipe.dgrad_w != recipe.fprop_w and transposed:
       dgrad = hold(matrix, recipe.dgrad_w, recipe.floor).mT

@@ -44,6 +44,12 @@ def _need(x: Scaled, tile: tuple[int, int], what: str) -> None:
     raise NotImplementedError(f"{what} has tiles {x.tile}, not {tile}")
 
 
+def _interval(interval: int) -> int:
+  if interval not in (32, 64, 128):
+    raise NotImplementedError(f"promotion every {interval} values; kernels have 32, 64 and 128")
+  return interval
+
+
 # --- quantizers ---------------------------------------------------------------------------------
 
 
@@ -93,7 +99,8 @@ def turn(x: Scaled, pow2: bool, floor: float, impl: str) -> Scaled:
 # --- matmuls ------------------------------------------------------------------------------------
 
 
-def gemm(a_MK: Scaled, b_KN: Scaled, turned_NK: Scaled | None, dtype, impl: str) -> jax.Array:
+def gemm(a_MK: Scaled, b_KN: Scaled, turned_NK: Scaled | None, dtype, interval: int, impl: str
+         ) -> jax.Array:
   """`a @ b`."""
   how = _how(impl)
   from pallas_kernels.mosaic import gemm as kernels
@@ -101,20 +108,22 @@ def gemm(a_MK: Scaled, b_KN: Scaled, turned_NK: Scaled | None, dtype, impl: str)
   _need(b_KN, (TILE, TILE), "the second operand")
   b_NK, s_nk = ((b_KN.codes.T, b_KN.scales.T) if turned_NK is None else
                 (turned_NK.codes, turned_NK.scales))
-  return kernels.gemm(a_MK.codes, a_MK.scales.T, b_NK, s_nk, out_dtype=dtype, **how)
+  return kernels.gemm(a_MK.codes, a_MK.scales.T, b_NK, s_nk, out_dtype=dtype,
+                      interval=_interval(interval), **how)
 
 
-def wgrad(x_MK: Scaled, dy_MN: Scaled, impl: str) -> jax.Array:
+def wgrad(x_MK: Scaled, dy_MN: Scaled, interval: int, impl: str) -> jax.Array:
   """`x^T dy`, fp32 [K, N]."""
   how = _how(impl)
   from pallas_kernels.mosaic import gemm as kernels
   _need(x_MK, (TILE, 1), "the input")
   _need(dy_MN, (TILE, 1), "the gradient")
-  return kernels.wgrad(x_MK.codes.T, x_MK.scales, dy_MN.codes.T, dy_MN.scales, **how)
+  return kernels.wgrad(x_MK.codes.T, x_MK.scales, dy_MN.codes.T, dy_MN.scales,
+                       interval=_interval(interval), **how)
 
 
 def grouped_gemm(x_MK: Scaled, w_GKN: Scaled, turned_GNK: Scaled | None, group_m: jax.Array,
-                 used: jax.Array, dtype, impl: str) -> jax.Array:
+                 used: jax.Array, dtype, interval: int, impl: str) -> jax.Array:
   """`y[block] = x[block] @ w[group of block]`, zeros beyond the used blocks."""
   how = _how(impl)
   from pallas_kernels.mosaic import gemm as kernels
@@ -124,11 +133,11 @@ def grouped_gemm(x_MK: Scaled, w_GKN: Scaled, turned_GNK: Scaled | None, group_m
   w_GNK, s_Gnk = ((w_GKN.codes.mT, w_GKN.scales.mT) if turned_GNK is None else
                   (turned_GNK.codes, turned_GNK.scales))
   return kernels.grouped_gemm(x_MK.codes, x_MK.scales.T, w_GNK, s_Gnk, group_m, used,
-                              out_dtype=dtype, **how)
+                              out_dtype=dtype, interval=_interval(interval), **how)
 
 
 def grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax.Array, groups: int,
-                  impl: str) -> jax.Array:
+                  interval: int, impl: str) -> jax.Array:
   """`dw[g]`: the sum over the blocks of g of `x^T dy`, fp32 [G, K, N]."""
   how = _how(impl)
   from pallas_kernels.mosaic import gemm as kernels
@@ -140,7 +149,7 @@ def grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax.Arr
   edges = jnp.searchsorted(group_m, jnp.arange(groups + 1)).astype(jnp.int32)
   bounds_G2 = jnp.stack([edges[:-1], edges[1:]], axis=1)
   return kernels.grouped_wgrad(x_MK.codes.T, x_MK.scales, dy_MN.codes.T, dy_MN.scales, bounds_G2,
-                               **how)
+                               interval=_interval(interval), **how)
 
 
 def _blocks(x_MK: Scaled, group_m: jax.Array) -> None:
