@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax import __version__
+from dsv3_jax import __version__, cli_schedule
 from dsv3_jax import config as config_lib
 from dsv3_jax.config import Config, ConfigError
 
@@ -626,6 +626,10 @@ def _parser() -> argparse.ArgumentParser:
   numerics.add_argument("--ema", action="store_true", help="the averaged parameters")
   numerics.add_argument("--study", choices=("accumulation",),
                         help="a study of its own instead of a model")
+
+  cli_schedule.add_arguments(_command(
+      commands, "schedule", cli_schedule.run, cli_schedule.SUMMARY, cli_schedule.DESCRIPTION,
+      cli_schedule.EXAMPLES))
 
   tokenize = _command(
       commands, "tokenize", _tokenize, "turn text into shards that training maps into memory",

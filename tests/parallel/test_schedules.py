@@ -122,7 +122,7 @@ def _replace(i, **kwargs):
 
 @pytest.mark.parametrize("name, rank, change, message", [
     ("1f1b", 1, lambda order: order.pop(), "I of micro-batch 7 on stage 1 stands 0 times"),
-    ("1f1b", 1, lambda order: order.append(order[-1]), "I of micro-batch 7 on stage 1 stands 2 times"),
+    ("1f1b", 1, lambda order: order.append(order[-1]), "micro-batch 7 on stage 1 stands 2 times"),
     ("1f1b", 3, _swap(0, 1), "comes before the F of micro-batch 0 on stage 3"),
     ("zb1p", 0, _swap(-1, -2), "comes before the I of micro-batch 7 on stage 0"),
     ("gpipe", 0, _replace(0, forward=Unit(0, 1)), "visits that stage on"),
