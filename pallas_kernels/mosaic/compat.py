@@ -6,6 +6,8 @@ lacks several primitives; the functions below say the same with those that it ha
 barriers and no copies that reach over an array's edge either: `CLUSTERS` and `TAILS` tell tests.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -52,17 +54,26 @@ def load(ref, index: tuple, layout, interpret: Interpret, *, optimized: bool = T
   """Reads shared memory into registers of a given layout."""
   if interpret and not NEW:
     return ref[index]
+  if NEW:
+    return plgpu.load(ref.at[index], layout=layout, optimized=optimized)
   return plgpu.load(ref, index, layout=layout, optimized=optimized)
 
 
-def matmul_nt(a_ref, b_ref, interpret: Interpret) -> jax.Array:
-  """`a @ b^T` of two shared-memory arrays, fp32 from zero; waits for the tensor core."""
+def matmul_nt(a_ref, b_ref, interpret: Interpret, meanwhile: Callable[[], None] | None = None
+              ) -> jax.Array:
+  """`a @ b^T` of two shared-memory arrays, fp32 from zero; waits for the tensor core.
+
+  `meanwhile()` runs between its start and the wait.
+  """
+  meanwhile = meanwhile or (lambda: None)
   if interpret and not NEW:  # no transposed reference inside its wgmma
+    meanwhile()
     return lax.dot_general(a_ref[...], b_ref[...], (((1,), (1,)), ((), ())),
                            preferred_element_type=jnp.float32)
 
   def multiply(accumulator):
     plgpu.wgmma(accumulator, a_ref, b_ref.T)
+    meanwhile()
     return accumulator[...]
 
   return pl.run_scoped(multiply, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))
@@ -78,3 +89,40 @@ def release(barrier, interpret: Interpret, fence: bool = False) -> None:
   if fence or interpret:
     plgpu.commit_smem()
   plgpu.barrier_arrive(barrier)
+
+
+def matmuls_nt(pairs: list, interpret: Interpret) -> jax.Array:
+  """The sum of `a @ b^T` over pairs of shared-memory arrays; see `matmul_nt`."""
+  if interpret and not NEW:
+    return sum(matmul_nt(a_ref, b_ref, interpret) for a_ref, b_ref in pairs)
+
+  def multiply(accumulator):
+    for a_ref, b_ref in pairs:
+      plgpu.wgmma(accumulator, a_ref, b_ref.T)
+    return accumulator[...]
+
+  shape = (pairs[0][0].shape[0], pairs[0][1].shape[0])
+  return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def accumulate_tn(accumulator: jax.Array, a_ref, b_ref, interpret: Interpret) -> jax.Array:
+  """`accumulator + a^T @ b`, fp32, of an accumulator in registers; waits for the tensor core."""
+  if interpret:  # no accumulator there that starts from a value
+    return accumulator + lax.dot_general(a_ref[...], b_ref[...], (((0,), (0,)), ((), ())),
+                                         preferred_element_type=jnp.float32)
+  return pl.run_state(lambda acc: plgpu.wgmma(acc, a_ref.T, b_ref))(plgpu.ACC.init(accumulator))
+
+
+def store_transposed(ref, x: jax.Array, interpret: Interpret) -> None:
+  """Writes `x^T`, of a 16-bit `x` in the tensor core's layout, to shared memory."""
+  if interpret:
+    ref[...] = x.T
+  else:
+    ref.T[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def iota(shape: tuple[int, ...], axis: int, layout, interpret: Interpret) -> jax.Array:
+  """int32 positions along an axis, in registers of a given layout."""
+  if interpret:
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
