@@ -9,8 +9,8 @@
 
 Each step is a process with a time budget of its own, cut to what is left of --minutes; one that
 fails or runs out of time is noted and the rest goes on. Results are written after every step, so
-that nothing is lost if the machine goes: <out>/gpu-<device>.json holds all, <out>/kernels-<device>.json
-the benchmark. The status is 1 where a step failed.
+that nothing is lost if the machine goes: gpu-<device>.json in --out holds all of them, and
+kernels-<device>.json the benchmark's. The status is 1 where a step failed.
 
     python -m benchmarks.gpu --steps correctness tune --minutes 9     in parts
     python -m benchmarks.gpu --dry                                    rehearsal on a CPU, small

@@ -41,9 +41,8 @@ def run(module: bytes, tools: Toolchain, *, timeout_s: float = TIMEOUT_S,
             filter(None, (str(tools.driver), os.environ.get("LD_LIBRARY_PATH")))),
         "MOSAIC_GPU_CUDA_ROOT": str(tools.cuda_root),
         "MOSAIC_GPU_RUNTIME_LIB_PATH": str(tools.driver / "libcuda.so.1"),
-        "MOSAIC_GPU_DUMP_TO": temporary,
-        "MOSAIC_GPU_DUMP_PTX": "1",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",  # to the terminal, unless a folder is named
+        **({"MOSAIC_GPU_DUMP_TO": temporary} if keep else {}),
         "STANDIN_CUBIN": str(cubin),
         "STANDIN_SHARED": str(shared),
     }
@@ -54,17 +53,16 @@ def run(module: bytes, tools: Toolchain, *, timeout_s: float = TIMEOUT_S,
       return Report(error=f"not compiled within {timeout_s:g} s")
     for log in folder.glob("*.mlir-passes.log"):  # tens of megabytes each
       log.unlink()
-    ptxas = "".join(p.read_text() for p in sorted(folder.glob("*.ptxas")))
+    said = "".join([done.stdout, done.stderr, *(p.read_text() for p in folder.glob("*.ptxas"))])
     if done.returncode or not cubin.is_file():
-      said = f"{done.stderr.strip()[-400:]}\n{ptxas.strip()[-400:]}".strip()
-      return Report(error=f"the compiler failed (status {done.returncode}): {said}")
+      return Report(error=f"the compiler failed (status {done.returncode}): {said.strip()[-800:]}")
     sass = disassemble(cubin, tools)
     if keep is not None:
       (folder / "kernel.sass").write_text(sass)
       for path in folder.iterdir():
         path.rename(keep / path.name)
       shared = keep / shared.name
-    return report.parse(ptxas, sass, int(shared.read_text()) if shared.is_file() else 0)
+    return report.parse(said, sass, int(shared.read_text()) if shared.is_file() else 0)
 
 
 def disassemble(cubin: pathlib.Path, tools: Toolchain) -> str:
