@@ -30,9 +30,10 @@ who waits for whom, what is sent where, who is first and last.
     plan.ticks()                           # the same in lockstep, for one program on all ranks
 
 Files: ops (these words as types), generate (the five orders), validate, simulate (each rank on its
-own clock), lockstep (all ranks on one clock), formulas (table 2). Nothing here imports jax.
+own clock), lockstep (all ranks on one clock), tables (that as numbers, for an executor), formulas
+(table 2). Nothing here imports jax.
 
-What a micro-batch is legal for: any number of ranks and micro-batches with gpipe, 1f1b and zb1p;
+What is legal: any number of ranks and micro-batches with gpipe, 1f1b and zb1p;
 with dualpipe_v at least 2 * ranks micro-batches, since both directions must be in flight at once;
 with dualpipe also even numbers of both, since each direction gets half. These are the demands of
 the authors' code.

@@ -14,9 +14,11 @@ without FB.
 
 import collections
 import dataclasses
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsv3_jax.parallel.schedules import simulate
+from dsv3_jax.parallel.schedules import tables as tables_lib
 from dsv3_jax.parallel.schedules.ops import Event, Op, Unit, completes, waits_for
 
 if TYPE_CHECKING:
@@ -104,6 +106,18 @@ class Ticks:
     return simulate.Simulation(
         makespan, tuple(bubble), tuple(map(simulate.peak_activations, self.schedule.orders)),
         tuple(map(tuple, starts)), tuple(map(tuple, ends)))
+
+
+  def tables(self, types: Sequence[Hashable] | None = None) -> tables_lib.Tables:
+    """The ticks as arrays for an executor: opcodes, micro-batches, and slots of its buffers.
+
+    Args:
+      types: of each stage, to give stages with other layers opcodes of their own; None: all alike.
+
+    Raises:
+      ValueError: the number of types is not that of the stages.
+    """
+    return tables_lib.tables(self, types)
 
 
 def ticks(schedule: "Schedule", unit: bool = False) -> Ticks:
