@@ -30,7 +30,7 @@ def _bits(x: jax.Array, dtype=jnp.int32) -> jax.Array:
 
 
 def _divide(x: jax.Array, by: jax.Array) -> jax.Array:
-  """x / by rounded once: XLA would multiply by the reciprocal of a divisor that it knows repeats."""
+  """x / by rounded once; by the reciprocal of a divisor known to repeat, XLA would multiply."""
   zero = (_bits(x) & 0x7FFFFFFF) >> 31
   return x / _bits(_bits(by) + zero, jnp.float32)
 
