@@ -170,6 +170,22 @@ def fp8_turn(x_MK: Scaled, *, pow2: bool = False, floor: float = 1e-4, impl: str
   return _kernel("fp8_turn", impl, lambda: mosaic.turn(x_MK, pow2, floor, impl))
 
 
+def fp8_swiglu(gate_MF: jax.Array, up_MF: jax.Array, weight_M: jax.Array | None, *,
+               pow2: bool = False, floor: float = 1e-4, impl: str = "auto") -> Scaled:
+  """`weight * silu(gate) * up` in tiles of 1x128; weight fp32 or None."""
+  return _kernel("fp8_swiglu", impl,
+                 lambda: mosaic.swiglu(gate_MF, up_MF, weight_M, pow2, floor, impl))
+
+
+def fp8_swiglu_backward(
+    gate_MF: Scaled, up_MF: Scaled, dh_MF: jax.Array, weight_M: jax.Array | None, *,
+    pow2: bool = False, floor: float = 1e-4, gradient_floor: float = 1e-30, impl: str = "auto"
+) -> tuple[tuple[Scaled, Scaled], tuple[Scaled, Scaled], Scaled, jax.Array | None]:
+  """dgate and dup in tiles of 1x128 and of 128x1, h in tiles of 128x1, dweight fp32 [M] or None."""
+  return _kernel("fp8_swiglu_backward", impl, lambda: mosaic.swiglu_backward(
+      gate_MF, up_MF, dh_MF, weight_M, pow2, floor, gradient_floor, impl))
+
+
 def _kernel(op: str, impl: str, call: Callable):
   """The kernel's result; NotImplementedError: `dsv3_jax.fp8.quantize` is to take the call."""
   if impl not in ("auto", "pallas"):

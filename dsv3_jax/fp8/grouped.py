@@ -31,12 +31,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax import ops
-from dsv3_jax.fp8 import accumulate, probe
+from dsv3_jax.fp8 import accumulate, probe, swiglu
 from dsv3_jax.fp8.linear import (
   again,
   for_dgrad,
   gradient,
-  gradients,
   load,
   measured,
   save,
@@ -49,7 +48,7 @@ from dsv3_jax.fp8.weights import Held, Weight, bare, hold, quantized, value
 
 
 def experts(x_PD: jax.Array, gate_PA: jax.Array, w_gate, w_up, w_down, plan: Any, recipe: Recipe,
-            impl: str = "auto") -> jax.Array:
+            impl: str = "auto", exchange: Any = None) -> jax.Array:
   """Sum over each token's experts of gate * FFN(x), [P, D] in the dtype of `x_PD`.
 
   Args:
@@ -59,14 +58,22 @@ def experts(x_PD: jax.Array, gate_PA: jax.Array, w_gate, w_up, w_down, plan: Any
     plan: `model.moe.Plan`.
     recipe: formats of all operands.
     impl: of `ops.grouped_gemm`.
+    exchange: `parallel.dispatch.Route` where experts are cut over devices: what is quantized here
+      goes to the devices of its experts, and what they give is added up here. Then `gate_PA`,
+      `plan` and the weights are those of the rows that arrive and of the experts of this device.
+
+  Raises:
+    NotImplementedError: weights to be probed, over devices.
   """
   if isinstance(w_gate, probe.Probed):
+    if exchange is not None:
+      raise NotImplementedError("operands are measured with all experts on one device")
     x_MD = spread(x_PD, plan)
     gate_MF, up_MF = (probe.grouped(x_MD, w, plan, impl) for w in (w_gate, w_up))
-    h_MF = _hidden(gate_MF, up_MF, _gates(gate_PA, plan, x_PD.dtype))
+    h_MF = swiglu.hidden(gate_MF, up_MF, _gates(gate_PA, plan, x_PD.dtype))
     return collect(probe.grouped(h_MF, w_down, plan, impl), plan, x_PD.dtype)
   ws = tuple(w if isinstance(w, Weight) else bare(w, 1, 1) for w in (w_gate, w_up, w_down))
-  return _experts(recipe, impl, x_PD, gate_PA, ws, plan)
+  return _experts(recipe, impl, x_PD, gate_PA, ws, plan, exchange)
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -91,6 +98,16 @@ def spread(held: Held, plan: Any) -> Held:
     return dataclasses.replace(held, codes=codes)
   return dataclasses.replace(held, codes=codes, scales=_take(held.scales, token_M // rows),
                              tile=(1, columns))
+
+
+def arrived(held: Held, exchange: Any) -> Held:
+  """A [P, D] operand at the devices of its experts, [Z, D]; each row brings its own scales."""
+  if exchange is None:
+    return held
+  if isinstance(held, QTensor) and held.tile[0] != 1:
+    row_P = jnp.arange(held.shape[0]) // (held.tile[0] or held.shape[0])
+    held = dataclasses.replace(held, scales=held.scales[row_P], tile=(1, held.tile[1]))
+  return exchange.send(held)
 
 
 def collect(y_MD: jax.Array, plan: Any, dtype) -> jax.Array:
@@ -194,23 +211,24 @@ def wgrad(x_MK: Held, dy_MN: Held, plan: Any, groups: int, recipe: Recipe, impl:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _experts(recipe, impl, x_PD, gate_PA, ws, plan):
-  return _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, transposed=False)[0]
+def _experts(recipe, impl, x_PD, gate_PA, ws, plan, exchange):
+  return _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, exchange, transposed=False)[0]
 
 
 def _gates(gate_PA, plan, dtype):
   return _take(gate_PA.reshape(-1), plan.pair_M).astype(dtype)[:, None]
 
 
-def _hidden(gate_MF, up_MF, gate_M1):
-  return jax.nn.silu(gate_MF) * up_MF * gate_M1
+def _summed(y_ZD, exchange):
+  return y_ZD if exchange is None else exchange.back(y_ZD)
 
 
-def _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, transposed=True):
+def _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, exchange, transposed=True):
   dtype = x_PD.dtype
   ws = tuple(quantized(w, recipe, transposed) for w in ws)
   with jax.named_scope("dispatch"):
     x, x_amax = measured(x_PD, recipe.dispatch_x, recipe.floor, ws[0], 0)
+    x = arrived(x, exchange)
     kept = save(x, "dispatched")
     x_rows, gate_M1 = spread(x, plan), _gates(gate_PA, plan, dtype)
   with jax.named_scope("experts"):
@@ -218,51 +236,47 @@ def _experts_fwd(recipe, impl, x_PD, gate_PA, ws, plan, transposed=True):
                       for w in ws[:2])
     caches = tuple(save(hold(z, within(recipe.swiglu_cache, plan), recipe.floor), "expert_gate_up")
                    for z in (gate_MF, up_MF))
-    h, h_amax = measured(_hidden(gate_MF, up_MF, gate_M1), within(recipe.fprop_x, plan),
-                         recipe.floor, ws[2], 0)
+    h, h_amax = swiglu.forward(gate_MF, up_MF, gate_M1, within(recipe.fprop_x, plan), recipe.floor,
+                               ws[2])
     y_MD = gemm(h, ws[2].fprop, plan, recipe, impl, ws[2].dgrad, dtype)
   with jax.named_scope("combine"):
-    y_PD = collect(y_MD, plan, dtype)
-  return y_PD, (kept, caches, gate_PA, x_amax, h_amax, tuple(shell(w, recipe) for w in ws), plan)
-
-
-def _backward(x: Held, was: Operand, dys, ws, plan, recipe, impl, groups):
-  """Dgrad and Wgrad of grouped layers that share their input; dys: for Dgrad, for Wgrad, each."""
-  x = again(x, was, within(recipe.wgrad_x, plan), recipe.floor)
-  dx_MK, dws = 0.0, []
-  for (dy, dy_t), w in zip(dys, ws, strict=True):
-    w_GNK, turned_GKN = for_dgrad(w)
-    dx_MK += gemm(dy, w_GNK, plan, recipe, impl, turned_GKN)
-    dws.append(None if w.master is None else wgrad(x, dy_t, plan, groups, recipe, impl))
-  return dx_MK, dws
+    y_PD = _summed(collect(y_MD, plan, dtype), exchange)
+  ws = tuple(shell(w, recipe) for w in ws)
+  return y_PD, (kept, caches, gate_PA, x_amax, h_amax, ws, plan, exchange)
 
 
 def _experts_bwd(recipe, impl, residuals, dy_PD):
-  kept, caches, gate_PA, x_amax, h_amax, ws, plan = residuals
-  dtype, E = dy_PD.dtype, for_dgrad(ws[0])[0].shape[0]
-  args = (plan, recipe, impl, E)
+  kept, caches, gate_PA, x_amax, h_amax, ws, plan, exchange = residuals
+  dtype, floors = dy_PD.dtype, (recipe.floor, recipe.gradient_floor)
+  wgrad_x, dgrad_dy, wgrad_dy = (within(o, plan) for o in (recipe.wgrad_x, recipe.dgrad_dy,
+                                                           recipe.wgrad_dy))
+
+  def dgrad(dy, w, dtype=jnp.float32):
+    w_GNK, turned_GKN = for_dgrad(w)
+    return gemm(dy, w_GNK, plan, recipe, impl, turned_GKN, dtype)
+
+  def weight_gradient(x, dy_t, w):
+    groups = for_dgrad(w)[0].shape[0]
+    return None if w.master is None else wgrad(x, dy_t, plan, groups, recipe, impl)
+
   with jax.named_scope("dispatch"):
     dy, dy_amax = measured(dy_PD, recipe.dispatch_dy, recipe.gradient_floor, ws[2], 1)
-    dy, gate_M1 = spread(dy, plan), _gates(gate_PA, plan, dtype)
+    dy, gate_M1 = spread(arrived(dy, exchange), plan), _gates(gate_PA, plan, dtype)
   with jax.named_scope("experts"):
-    gate_MF, up_MF = (value(load(c)).astype(dtype) for c in caches)
-    h_MF, pull = jax.vjp(_hidden, gate_MF, up_MF, gate_M1)
-    wgrad_x, wgrad_dy = within(recipe.wgrad_x, plan), within(recipe.wgrad_dy, plan)
+    dh_MF = dgrad(dy, ws[2], dtype)
+    back = swiglu.backward(tuple(load(c) for c in caches), dh_MF, gate_M1, swiglu.Operands(
+        within(recipe.swiglu_cache, plan), wgrad_x, dgrad_dy, wgrad_dy, *floors), ws[:2])
     dy_t = again(dy, recipe.dispatch_dy, wgrad_dy, recipe.gradient_floor)
-    dh_MF, [dw_down] = _backward(hold(h_MF, wgrad_x, recipe.floor), wgrad_x, ((dy, dy_t),), ws[2:],
-                                 *args)
-    *dys, dgate_M1 = pull(dh_MF.astype(dtype))
-    *dys, amaxes = zip(*(gradients(d, within(recipe.dgrad_dy, plan), wgrad_dy,
-                                   recipe.gradient_floor, w)
-                         for d, w in zip(dys, ws[:2], strict=True)), strict=True)
-    dx_MD, dws = _backward(spread(load(kept), plan), recipe.dispatch_x, zip(*dys, strict=True),
-                           ws[:2], *args)
+    dw_down = weight_gradient(back.h, dy_t, ws[2])
+    x = again(spread(load(kept), plan), recipe.dispatch_x, wgrad_x, recipe.floor)
+    dx_MD = sum(dgrad(dy, w) for (dy, _), w in zip(back.dys, ws, strict=False))
+    dws = [weight_gradient(x, dy_t, w) for (_, dy_t), w in zip(back.dys, ws, strict=False)]
   with jax.named_scope("combine"):
-    dx_PD = collect(dx_MD.astype(dtype), plan, dtype)
-    dgate_PA = dgate_M1[:, 0].astype(gate_PA.dtype)[plan.row_PA]
+    dx_PD = _summed(collect(dx_MD.astype(dtype), plan, dtype), exchange)
+    dgate_PA = back.dweight_M1[:, 0].astype(gate_PA.dtype)[plan.row_PA]
   dws = tuple(gradient(w, dw, a, seen) for w, dw, a, seen in zip(
-      ws, (*dws, dw_down), (x_amax, x_amax, h_amax), (*amaxes, dy_amax), strict=True))
-  return dx_PD, dgate_PA, dws, None
+      ws, (*dws, dw_down), (x_amax, x_amax, h_amax), (*back.seen, dy_amax), strict=True))
+  return dx_PD, dgate_PA, dws, None, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)

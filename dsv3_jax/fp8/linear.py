@@ -1,4 +1,4 @@
-"""FP8 linear layers and SwiGLU feed-forwards with their own derivatives (report 3.3).
+"""FP8 linear layers with their own derivatives (report 3.3).
 
 One layer, three matmuls. Under the recipe `v3`:
 
@@ -20,7 +20,7 @@ quantization, but gradients differ so much between tokens that a block of 128 of
 scale; the report saw such a run diverge (appendix B.2, recipe `block_gradients`).
 
 What is saved. Residuals are the quantized operands: a byte an element and a scale a tile. A SwiGLU
-keeps its two inputs in FP8 and computes its output again (`feed_forward`, `grouped.experts`). The
+keeps its two inputs in FP8 and computes its output again (`feed_forward.py`, `grouped.py`). The
 input of the projection after attention is kept with 6 mantissa bits (E5M6, 12 bits an element),
 because attention's own backward pass reads the same copy (`attention.py`).
 
@@ -252,18 +252,28 @@ def backward(kept: Held, was: Operand, dys: tuple[jax.Array, ...], ws: tuple[Wei
     dx [M, K] in the dtype of `dys`; for each weight its fp32 gradient [K, N] (None without a
     master) and the amax of its dy (None without a history).
   """
-  dx_MK, found = 0.0, []
-  dtype = dys[0].dtype if len(dys) == 1 else jnp.float32  # sums of several are fp32
   x = again(kept, was, recipe.wgrad_x, recipe.floor)
-  for dy_MN, w in zip(dys, ws, strict=True):
-    dy, dy_t, seen = gradients(dy_MN, recipe.dgrad_dy, recipe.wgrad_dy, recipe.gradient_floor, w)
+  *pairs, seen = zip(*(gradients(dy, recipe.dgrad_dy, recipe.wgrad_dy, recipe.gradient_floor, w)
+                       for dy, w in zip(dys, ws, strict=True)), strict=True)
+  dx_MK, dws = products(x, tuple(zip(*pairs, strict=True)), ws, recipe, dys[0].dtype)
+  return dx_MK, list(zip(dws, seen, strict=True))
+
+
+def products(x: Held, dys: tuple[tuple[Held, Held | None], ...], ws: tuple[Weight, ...],
+             recipe: Recipe, dtype) -> tuple[jax.Array, list[jax.Array | None]]:
+  """Dgrad and Wgrad of quantized operands: dx [M, K] in `dtype`, and each weight's gradient.
+
+  Args:
+    x: the input as Wgrad wants it.
+    dys: for Dgrad and for Wgrad, each.
+  """
+  dx_MK, dws = 0.0, []
+  partial = dtype if len(dys) == 1 else jnp.float32  # sums of several are fp32
+  for (dy, dy_t), w in zip(dys, ws, strict=True):
     w_NK, turned_KN = for_dgrad(w)
-    dx_MK += gemm(dy, w_NK, recipe, turned_KN, dtype)
-    dw_KN = None
-    if w.master is not None:
-      dw_KN = wgrad(x, dy_t, recipe)
-    found.append((dw_KN, seen))
-  return dx_MK.astype(dys[0].dtype), found
+    dx_MK += gemm(dy, w_NK, recipe, turned_KN, partial)
+    dws.append(None if w.master is None else wgrad(x, dy_t, recipe))
+  return dx_MK.astype(dtype), dws
 
 
 def gradient(w: Weight, dw: jax.Array | None, x_amax: jax.Array | None,
@@ -277,50 +287,3 @@ def gradient(w: Weight, dw: jax.Array | None, x_amax: jax.Array | None,
     zero = jnp.zeros_like(w.amax[0])
     amax = jnp.stack([zero if a is None else a for a in (x_amax, dy_amax)])
   return Weight(dw, None, None, amax, w.inputs, w.outputs)
-
-
-# --- SwiGLU -------------------------------------------------------------------------------------
-
-
-def feed_forward(x: jax.Array, w_gate, w_up, w_down, recipe: Recipe) -> jax.Array:
-  """`(silu(x w_gate) * (x w_up)) w_down`, [..., D] to [..., D]; weights prepared or plain.
-
-  Kept for the backward pass: the quantized x, and the SwiGLU's two inputs as `swiglu_cache` says.
-  """
-  if isinstance(w_gate, probe.Probed):
-    return probe.feed_forward(x, w_gate, w_up, w_down)
-  ws = tuple(w if isinstance(w, Weight) else bare(w, 1) for w in (w_gate, w_up, w_down))
-  return _feed_forward(recipe, x.reshape(-1, x.shape[-1]), ws).reshape(x.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _feed_forward(recipe, x_PD, ws):
-  return _feed_forward_fwd(recipe, x_PD, ws, transposed=False)[0]
-
-
-def _feed_forward_fwd(recipe, x_PD, ws, transposed=True):
-  ws = tuple(quantized(w, recipe, transposed) for w in ws)
-  x, x_amax = measured(x_PD, recipe.fprop_x, recipe.floor, ws[0], 0)
-  gate_PF, up_PF = (gemm(x, w.fprop, recipe, w.dgrad, x_PD.dtype) for w in ws[:2])
-  caches = tuple(save(hold(z, recipe.swiglu_cache, recipe.floor), name)
-                 for z, name in ((gate_PF, "ffn_gate"), (up_PF, "ffn_up")))
-  h, h_amax = measured(jax.nn.silu(gate_PF) * up_PF, recipe.fprop_x, recipe.floor, ws[2], 0)
-  y_PD = gemm(h, ws[2].fprop, recipe, ws[2].dgrad, x_PD.dtype)
-  return y_PD, (save(x), caches, x_amax, h_amax, tuple(shell(w, recipe) for w in ws))
-
-
-def _feed_forward_bwd(recipe, residuals, dy_PD):
-  x, caches, x_amax, h_amax, ws = residuals
-  dtype = dy_PD.dtype
-  gate_PF, up_PF = (value(load(c)).astype(dtype) for c in caches)
-  h_PF, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_PF, up_PF)
-  h = hold(h_PF, recipe.wgrad_x, recipe.floor)
-  dh_PF, [down] = backward(h, recipe.wgrad_x, (dy_PD,), ws[2:], recipe)
-  dx_PD, found = backward(load(x), recipe.fprop_x, pull(dh_PF), ws[:2], recipe)
-  amaxes = (x_amax, x_amax, h_amax)
-  dws = tuple(gradient(w, dw, a, seen)
-              for w, a, (dw, seen) in zip(ws, amaxes, (*found, down), strict=True))
-  return dx_PD, dws
-
-
-_feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)

@@ -73,7 +73,7 @@ def linear(x: jax.Array, ws: tuple[Probed, ...], inner: int = 1) -> tuple[jax.Ar
 
 
 def feed_forward(x_PD: jax.Array, w_gate: Probed, w_up: Probed, w_down: Probed) -> jax.Array:
-  """SwiGLU, as `linear.feed_forward`."""
+  """SwiGLU, as `feed_forward.feed_forward`."""
   gate_PF, up_PF = linear(x_PD, (w_gate, w_up))
   return linear(jax.nn.silu(gate_PF) * up_PF, (w_down,))[0]
 

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax import ops
 from dsv3_jax.fp8 import linear as fp8_linear
 from dsv3_jax.fp8 import weights
+from dsv3_jax.fp8.feed_forward import feed_forward
 from dsv3_jax.fp8.recipe import Recipe
 
 
@@ -76,7 +77,7 @@ class DenseFFN(nnx.Module):
     with jax.named_scope("dense_ffn"):
       if recipe is not None:
         ws = self.w_gate_DF[...], self.w_up_DF[...], self.w_down_FD[...]
-        return fp8_linear.feed_forward(x_PD, *ws, recipe)
+        return feed_forward(x_PD, *ws, recipe)
       gate_PF = checkpoint_name(linear(x_PD, self.w_gate_DF[...]), "ffn_gate")
       up_PF = checkpoint_name(linear(x_PD, self.w_up_DF[...]), "ffn_up")
       return linear(swiglu(gate_PF, up_PF), self.w_down_FD[...])

@@ -96,6 +96,35 @@ def turn(x: Scaled, pow2: bool, floor: float, impl: str) -> Scaled:
   return Scaled(codes_KM.T, scales_mK, (TILE, 1))
 
 
+def swiglu(gate_MF: jax.Array, up_MF: jax.Array, weight_M: jax.Array | None, pow2: bool,
+           floor: float, impl: str) -> Scaled:
+  """`weight * silu(gate) * up` in tiles of 1x128."""
+  how = _how(impl)
+  from pallas_kernels.mosaic import swiglu as kernels
+  codes_MF, scales_fM = kernels.swiglu_rows(gate_MF, up_MF, weight_M, pow2=pow2, floor=floor, **how)
+  return Scaled(codes_MF, scales_fM.T, (1, TILE))
+
+
+def swiglu_backward(gate_MF: Scaled, up_MF: Scaled, dh_MF: jax.Array, weight_M: jax.Array | None,
+                    pow2: bool, floor: float, gradient_floor: float, impl: str):
+  """(dgate, dgate for Wgrad), (dup, dup for Wgrad), h for Wgrad, dweight."""
+  how = _how(impl)
+  from pallas_kernels.mosaic import swiglu as kernels
+  for name, x in (("gate", gate_MF), ("up", up_MF)):
+    _need(x, (1, TILE), name)
+  dgate, dup, h, dweight_M = kernels.swiglu_backward(
+      *((x.codes, x.scales.T) for x in (gate_MF, up_MF)), dh_MF, weight_M, pow2=pow2, floor=floor,
+      gradient_floor=gradient_floor, **how)
+
+  def rows(x):
+    return Scaled(x[0], x[1].T, (1, TILE))
+
+  def columns(x):
+    return Scaled(x[0].T, x[1], (TILE, 1))
+
+  return *((rows(a), columns(b)) for a, b in (dgate, dup)), columns(h), dweight_M
+
+
 # --- matmuls ------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import config
-from dsv3_jax.fp8 import accumulate, linear, weights
+from dsv3_jax.fp8 import accumulate, feed_forward, linear, weights
 from dsv3_jax.fp8 import recipe as recipe_lib
 from dsv3_jax.fp8.formats import E4M3
 from tests.fp8 import oracle
@@ -265,7 +265,7 @@ def test_the_feed_forward_recomputes_its_hidden_units():
           q(h, r.wgrad_x).T @ dq(dy, r.wgrad_dy))
 
   def run(x, *ws):
-    y, pull = jax.vjp(lambda *a: linear.feed_forward(*a, r), x, *ws)
+    y, pull = jax.vjp(lambda *a: feed_forward.feed_forward(*a, r), x, *ws)
     return y, *pull(jnp.asarray(dy))
 
   for name, a, b in zip(("y", "dx", "gate", "up", "down"), jit(run)(X, wg, wu, wd), want,
