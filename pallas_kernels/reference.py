@@ -101,3 +101,30 @@ def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, sca
   o_BTHC = jnp.einsum("bths,bsc->bthc", p, z_BSZ[..., :kv_rank], precision=lax.Precision.HIGHEST)
   o_BTHC = o_BTHC.astype(q_BTHZ.dtype)
   return (o_BTHC, lse_BTH) if return_lse else o_BTHC
+
+
+def quantize(x_MK: jax.Array, tile: tuple[int, int], *, pow2: bool = False, floor: float = 1e-4
+             ) -> tuple[jax.Array, jax.Array]:
+  """e4m3 codes [M, K] and fp32 scales [ceil(M / tile[0]), ceil(K / tile[1])].
+
+  `scale = max(max |x| of the tile, floor) / 448`, with `pow2` rounded up to a power of two, and
+  `code = round(x / scale)`. A tile with NaN or inf has a scale that is not finite.
+  """
+  (M, K), (rows, columns) = x_MK.shape, tile
+  x = jnp.pad(x_MK.astype(jnp.float32), ((0, -M % rows), (0, -K % columns)))
+  x = x.reshape(-(-M // rows), rows, -(-K // columns), columns)
+  amax = jnp.where(jnp.isfinite(x).all((1, 3)), jnp.abs(x).max((1, 3)), jnp.nan)
+  scales = jnp.where(amax < floor, floor, amax) / 448
+  if pow2:
+    fraction, exponent = jnp.frexp(scales)  # in [1/2, 1)
+    whole = jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5))
+    scales = jnp.where(jnp.isfinite(scales), whole, jnp.nan)
+  codes = (x / scales[:, None, :, None]).astype(jnp.float8_e4m3fn)
+  m, _, k, _ = x.shape
+  return codes.reshape(m * rows, k * columns)[:M, :K], scales
+
+
+def swiglu(gate_MF: jax.Array, up_MF: jax.Array, weight_M: jax.Array | None = None) -> jax.Array:
+  """`weight * silu(gate) * up` in fp32; jax differentiates it."""
+  h_MF = jax.nn.silu(gate_MF.astype(jnp.float32)) * up_MF.astype(jnp.float32)
+  return h_MF if weight_M is None else h_MF * weight_M[:, None]
