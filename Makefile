@@ -1,9 +1,12 @@
 # make train   train the tiny model to its end on a CPU (about five minutes) and write its report
 # make test    lint, layering and the test suite
 # make bench   ours, peer and ratio of every benchmark
+# make sass    compile the GPU kernels without a GPU, and fail on register spills
+# make gpu     everything that wants a Hopper GPU, unattended, in under 25 minutes
 #
 # Each needs Python 3.11 or newer and nothing else: the environment is made in .venv on first use.
 # PYTHON=python3.12 chooses the interpreter, WORKDIR=... the run's folder, ARGS=... extra arguments.
+# GPU_PYTHON=python3 lets `make gpu` use an environment as it is; ARGS=--dry rehearses on a CPU.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,13 +14,18 @@ WORKDIR ?= runs/tiny
 ARGS ?=
 TEST_PROCESSES ?= 2
 
+GPU_PYTHON ?=
+
 BIN := $(VENV)/bin
 MADE := $(VENV)/.created
 BASE := $(VENV)/.installed
 FULL := $(VENV)/.installed-test
+GPU := $(VENV)/.installed-gpu
+# In a folder apart: a CUDA plugin without its libraries makes every start of jax complain.
+SASS := $(VENV)/sass
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint clean
+.PHONY: help train test bench lint sass gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -37,6 +45,17 @@ $(FULL): $(MADE) setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $(BASE) $@
 
+$(GPU): $(MADE) setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
+	@touch $(BASE) $@
+
+# The check says itself what it misses, so what cannot be had here is no error.
+$(SASS)/.installed: $(BASE)
+	@$(BIN)/python -c 'import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
+	  print(c["options.extras_require"]["sass"])' >$(VENV)/sass.txt
+	@if $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SASS) \
+	  --requirement $(VENV)/sass.txt; then touch $@; fi
+
 train: $(BASE)
 	$(BIN)/dsv3 train --config=experiments/tiny.py --workdir=$(WORKDIR) $(ARGS)
 
@@ -49,6 +68,12 @@ test: lint
 
 bench: $(FULL)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+sass: $(SASS)/.installed
+	$(BIN)/python -m pallas_kernels.sass_check $(ARGS)
+
+gpu: $(if $(GPU_PYTHON),,$(if $(findstring --dry,$(ARGS)),$(BASE),$(GPU)))
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

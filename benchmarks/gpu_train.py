@@ -98,17 +98,18 @@ def main(argv: list[str] | None = None) -> int:
   p.add_argument("--steps", type=int, default=100)
   p.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/gpu"))
   p.add_argument("--documents", default="", help="learn these in place of the standard library")
-  p.add_argument("--dry", action="store_true", help="a miniature, three steps, anywhere")
+  p.add_argument("--dry", action="store_true", help="a miniature, three steps on this package's source")
   p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config overrides")
   p.add_argument("--json", type=pathlib.Path)
   args = p.parse_args(argv)
   changes: dict[str, object] = dict(DRY) if args.dry else {}
+  documents = args.documents or (str(pathlib.Path(config.__file__).parent) if args.dry else "")
   for change in args.set:
     key, _, value = change.partition("=")
     kind = config.optional(config.field_type(key))
     changes[key] = value == "True" if kind is bool else kind(value)
   steps = 3 if args.dry else args.steps
-  kept = train(args.arm, steps, args.workdir, changes, args.documents)
+  kept = train(args.arm, steps, args.workdir, changes, documents)
   print(f"{args.arm}: {kept['steps']} steps, {kept['tokens_per_s']:,.0f} tokens/s, MFU "
         f"{kept['mfu_of_bf16_peak']:.1%} of bf16 peak, loss {kept['losses'][0]:.3f} -> "
         f"{kept['losses'][-1]:.3f}")

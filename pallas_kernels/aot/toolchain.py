@@ -36,8 +36,8 @@ class Toolchain:
 
 
 def _site_folders(tools: pathlib.Path | None) -> list[pathlib.Path]:
-  """Folders that may hold wheels' contents, the given one first."""
-  return ([tools] if tools else []) + [pathlib.Path(p) for p in sys.path if p]
+  """Folders that may hold wheels' contents, the given one or that of `make sass` first."""
+  return [tools or pathlib.Path(sys.prefix) / "sass", *(pathlib.Path(p) for p in sys.path if p)]
 
 
 def _plugin(folders: list[pathlib.Path]) -> pathlib.Path:
@@ -104,7 +104,7 @@ def find(tools: pathlib.Path | None = None) -> Toolchain:
 
   Args:
     tools: a folder into which the wheels were installed (`pip install --target`), looked into
-      before the environment's own.
+      before the environment's own; None: where `make sass` installs them.
 
   Raises:
     MissingError: a part is absent.
