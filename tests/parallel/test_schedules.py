@@ -219,6 +219,27 @@ def test_simulation(costs):
           sum(a <= i <= b for a, b in lives.values()) for i in range(len(order)))
 
 
+def test_overlapped_waits_for_both():
+  """Oracle: by hand, a pair whose forward comes in later than its backward's gradient."""
+  f, b = (lambda m, s: Op("F", Unit(m, s))), (lambda m, s: Op("B", None, Unit(m, s)))
+  plan = dataclasses.replace(make("gpipe", 2, 3), orders=(
+      (f(0, 0), f(2, 0), f(1, 0), b(0, 0), b(1, 0), b(2, 0)),
+      (f(0, 1), Op("FB", Unit(1, 1), Unit(0, 1)), f(2, 1), b(1, 1), b(2, 1))))
+  plan.validate()
+  found = plan.simulate()
+  assert found.starts == ((0, 1, 2, 6, 9, 11), (1, 3, 6, 7, 9)) and found.makespan == 13
+  assert found.peak_activations == (3, 2)
+
+
+def test_straight_lines():
+  """Law: at a fixed number of micro-batches a rank, time is a straight line in the ranks; what
+  benchmarks/schedule_scaling.py draws beyond its simulations."""
+  for name in NAMES:
+    a, b, c = (make(name, r, 3 * r).simulate(1.0, 1.4, 0.7, 2.3, 0.05).makespan
+               for r in (8, 12, 16))
+    assert b - a == pytest.approx(c - b, rel=1e-9), name
+
+
 @pytest.mark.parametrize("name, when, costs", [
     ("gpipe", lambda r, m: True, [(1, 1, 1), (1, 2, 0.5), (3, 1, 2)]),
     ("1f1b", lambda r, m: True, [(1, 1, 1), (1, 2, 0.5), (3, 1, 2)]),

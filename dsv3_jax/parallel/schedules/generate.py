@@ -1,6 +1,7 @@
 """The orders of the five schedules."""
 
 import difflib
+import numbers
 from collections import deque
 
 from dsv3_jax.parallel.schedules.ops import Op, Route, Unit
@@ -24,7 +25,7 @@ def make(name: str, ranks: int, microbatches: int) -> Schedule:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"schedule {name!r} is none of {', '.join(NAMES)}{hint}")
   for what, value in (("ranks", ranks), ("microbatches", microbatches)):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
       raise ValueError(f"{what}={value!r} must be a whole number, at least 1")
   if name == "dualpipe" and ranks % 2:
     raise ValueError(f"dualpipe needs an even number of ranks, and ranks={ranks}; take "
@@ -37,7 +38,7 @@ def make(name: str, ranks: int, microbatches: int) -> Schedule:
     raise ValueError(f"dualpipe needs an even number of micro-batches, half for each direction, "
                      f"and microbatches={microbatches}; take {microbatches + 1}, or dualpipe_v, "
                      "which runs on any number")
-  return _MAKERS[name](ranks, microbatches)
+  return _MAKERS[name](int(ranks), int(microbatches))
 
 
 class _Orders:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import numbers
 from typing import TYPE_CHECKING
 
 from dsv3_jax.parallel.schedules.ops import COMPLETES, Event, Op, completes, waits_for
@@ -26,7 +27,7 @@ class Costs:
       value = getattr(self, field.name)
       if value is None and field.name == "overlapped":
         continue
-      if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+      if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{field.name}={value!r} must be a duration: finite, not negative")
 
   def table(self) -> dict[str, float]:
