@@ -32,10 +32,11 @@ class Costs:
 
   def table(self) -> dict[str, float]:
     """Duration by kind of op."""
-    backward = self.backward_input + self.backward_weight
-    overlapped = self.forward + backward if self.overlapped is None else self.overlapped
-    return {"F": self.forward, "I": self.backward_input, "W": self.backward_weight,
-            "B": backward, "FB": overlapped}
+    forward, inputs, weights = map(float, (
+        self.forward, self.backward_input, self.backward_weight))
+    both = inputs + weights
+    return {"F": forward, "I": inputs, "W": weights, "B": both,
+            "FB": forward + both if self.overlapped is None else float(self.overlapped)}
 
 
 @dataclasses.dataclass(frozen=True)
