@@ -15,6 +15,7 @@ The gate multiplies the hidden activations before the down-projection, where row
 of D; the sum in `collect` is then unweighted.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from dsv3_jax import config, ops
 from dsv3_jax.fp8 import grouped, weights
 from dsv3_jax.fp8.recipe import Recipe
 from dsv3_jax.model import layers, routing
+from dsv3_jax.parallel import dispatch, hops, rounds
 
 
 class Plan(NamedTuple):
@@ -45,6 +47,7 @@ class MoEStats(NamedTuple):
   sequence_balance: jax.Array  # unweighted losses, averaged over sequences; 0 where not asked for
   batch_balance: jax.Array
   expert_balance: jax.Array
+  dropped: jax.Array  # (token, expert) pairs lost; 0 unless `MoECall.expert` allows it
 
 
 class MoECall(NamedTuple):
@@ -55,14 +58,19 @@ class MoECall(NamedTuple):
   axes: tuple[str, ...] = ()  # mesh axes that shard the batch
   gemm: str = "auto"
   recipe: Recipe | None = None  # of the linear layers, outside MoE too; None: the compute dtype
+  expert: dispatch.Settings | None = None  # mesh axes that cut the experts; None: all are here
 
 
-def block_rows(pairs: int, experts: int) -> int:
+def block_rows(pairs: int, experts: int, recipe: Recipe | None = None) -> int:
   """Rows of a block: about a quarter of an expert's mean share, a power of two from 8 to 64.
 
   Larger blocks make better matmuls, smaller ones waste fewer padded rows; above 64 the grouped
   matmul takes several blocks of an expert together instead (`pallas_kernels/xla/grouped_gemm.py`).
+  FP8 kernels have blocks of their own.
   """
+  kernels = recipe is not None and recipe.quantized
+  if kernels and ops.fp8_block(recipe.impl):
+    return ops.fp8_block(recipe.impl)
   share = max(pairs // (4 * experts), 1)
   return int(np.clip(2 ** int(np.log2(share)), 8, 64))
 
@@ -134,6 +142,31 @@ spread_gates.defvjp(lambda gate_PA, p: (spread_gates(gate_PA, p), p),
                     lambda p, dgate_M: (dgate_M[p.row_PA], None))
 
 
+def _experts(x_PD: jax.Array, gate_PA: jax.Array, ws: tuple, p: Plan, gemm: str,
+             name: str = "dispatched") -> jax.Array:
+  """`MoELayer.experts` in the dtype of `x_PD`; `name` is the checkpoint name of the rows."""
+  dtype = x_PD.dtype
+  with jax.named_scope("dispatch"):
+    x_MD = checkpoint_name(spread(x_PD, p), name)
+    gate_M = spread_gates(gate_PA, p).astype(dtype)
+  with jax.named_scope("experts"):
+    w_gate_EDF, w_up_EDF, w_down_EFD = (weights.plain(w, dtype) for w in ws)
+    both_MF = ops.grouped_gemm(x_MD, jnp.concatenate([w_gate_EDF, w_up_EDF], -1), p.group_m,
+                               p.used, impl=gemm)
+    gated_MF, up_MF = jnp.split(checkpoint_name(both_MF, "expert_gate_up"), 2, axis=-1)
+    h_MF = layers.swiglu(gated_MF, up_MF) * gate_M[:, None]
+    y_MD = ops.grouped_gemm(h_MF, w_down_EFD, p.group_m, p.used, impl=gemm)
+  with jax.named_scope("combine"):
+    return collect(y_MD, p)
+
+
+def _unseen(w):
+  """The weight without what would go to its history."""
+  if not isinstance(w, weights.Weight):
+    return w
+  return dataclasses.replace(w, amax=jax.lax.stop_gradient(w.amax))
+
+
 class MoELayer(nnx.Module):
   """Router, routed experts and shared experts."""
 
@@ -152,38 +185,60 @@ class MoELayer(nnx.Module):
   def experts(self, x_PD: jax.Array, routed: routing.Routing, gemm: str,
               recipe: Recipe | None = None) -> jax.Array:
     """Sum over each token's experts of gate * FFN(x), [P, D]."""
-    dtype = x_PD.dtype
     E = self.cfg.experts
-    kernels = recipe is not None and recipe.quantized
-    block = (kernels and ops.fp8_block(recipe.impl)) or block_rows(routed.expert_PA.size, E)
-    p = plan(routed.expert_PA, E, block)
+    p = plan(routed.expert_PA, E, block_rows(routed.expert_PA.size, E, recipe))
+    ws = self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...]
     if recipe is not None:
-      ws = self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...]
       return grouped.experts(x_PD, routed.gate_PA, *ws, p, recipe, gemm)
-    with jax.named_scope("dispatch"):
-      x_MD = checkpoint_name(spread(x_PD, p), "dispatched")
-      gate_M = spread_gates(routed.gate_PA, p).astype(dtype)
-    with jax.named_scope("experts"):
-      w_in_EDF = [weights.plain(w[...], dtype) for w in (self.w_gate_EDF, self.w_up_EDF)]
-      both_MF = ops.grouped_gemm(x_MD, jnp.concatenate(w_in_EDF, -1), p.group_m, p.used, impl=gemm)
-      gated_MF, up_MF = jnp.split(checkpoint_name(both_MF, "expert_gate_up"), 2, axis=-1)
-      h_MF = layers.swiglu(gated_MF, up_MF) * gate_M[:, None]
-      y_MD = ops.grouped_gemm(h_MF, weights.plain(self.w_down_EFD[...], dtype), p.group_m, p.used,
-                              impl=gemm)
-    with jax.named_scope("combine"):
-      return collect(y_MD, p)
+    return _experts(x_PD, routed.gate_PA, ws, p, gemm)
+
+  def distant_experts(self, x_PD: jax.Array, routed: routing.Routing, call: MoECall
+                      ) -> tuple[jax.Array, jax.Array]:
+    """`experts` where `call.expert` cuts them over mesh axes and the weights are this device's.
+
+    Returns:
+      [P, D]; and the (token, expert) pairs that this device dropped, int32.
+
+    Raises:
+      ValueError: both the recipe and the settings give formats for what dispatch sends.
+    """
+    settings, recipe = call.expert, call.recipe
+    if recipe is not None and (settings.wire.activations or settings.wire.gradients):
+      raise ValueError("a recipe says how rows are dispatched (dispatch_x, dispatch_dy); leave "
+                       "activations and gradients of the wire None")
+    local = self.cfg.experts // hops.size(settings.axes)
+    block = settings.block or block_rows(routed.expert_PA.size, local, recipe)
+
+    def body(operands, gate_ZK, route):
+      x_PD, ws = operands
+      if recipe is None:
+        x_ZD = checkpoint_name(dispatch.dispatch(x_PD, route), "dispatched")
+        y_ZD = _experts(x_ZD, gate_ZK, ws, route.rows, call.gemm, "dispatched_rows")
+        return dispatch.combine(y_ZD, route)
+      if not route.first:  # a history notes what the first turn sees; more would be added to it
+        ws = tuple(_unseen(w) for w in ws)
+      return grouped.experts(x_PD, gate_ZK, *ws, route.rows, recipe, call.gemm, route)
+
+    ws = self.w_gate_EDF[...], self.w_up_EDF[...], self.w_down_EFD[...]
+    return rounds.run(body, (x_PD, ws), routed.expert_PA, routed.gate_PA, self.cfg.experts, block,
+                      settings)
 
   def __call__(self, x_BTD: jax.Array, call: MoECall) -> tuple[jax.Array, MoEStats]:
     """[B, T, D] to [B, T, D] (without the residual) and the routing's statistics."""
     B, T, D = x_BTD.shape
     x_PD = x_BTD.reshape(B * T, D)
     routed = routing.route(x_PD, self.w_router_DE[...], self.bias_E[...], self.cfg)
-    y_PD = self.experts(x_PD, routed, call.gemm, call.recipe)
-    if self.shared is not None:
+    if call.expert is None:
+      y_PD, dropped = self.experts(x_PD, routed, call.gemm, call.recipe), jnp.zeros(())
+    else:
+      y_PD, dropped = self.distant_experts(x_PD, routed, call)
+    if self.shared is not None:  # waits for nothing above, so it runs while rows are under way
       y_PD = y_PD + self.shared(x_PD, call.recipe)
-    return y_PD.reshape(B, T, D), self._stats(routed, (B, T), call)
+    stats = self._stats(routed, (B, T), call, dropped.astype(jnp.float32))
+    return y_PD.reshape(B, T, D), stats
 
-  def _stats(self, routed: routing.Routing, shape: tuple[int, int], call: MoECall) -> MoEStats:
+  def _stats(self, routed: routing.Routing, shape: tuple[int, int], call: MoECall,
+             dropped: jax.Array) -> MoEStats:
     valid_BT = jnp.ones(shape, jnp.float32) if call.valid_BT is None else call.valid_BT
     counts_E = routing.expert_counts(routed.expert_PA, self.cfg.experts, valid_BT.reshape(-1))
     affinity_BTE = routed.affinity_PE.reshape(*shape, -1)
@@ -193,4 +248,5 @@ class MoELayer(nnx.Module):
         counts_E,
         routing.sequence_balance(affinity_BTE, A, valid_BT) if want.sequence_balance else zero,
         routing.batch_balance(affinity_BTE, A, valid_BT, call.axes) if want.batch_balance else zero,
-        routing.expert_balance(affinity_BTE, expert_BTA, valid_BT) if want.expert_balance else zero)
+        routing.expert_balance(affinity_BTE, expert_BTA, valid_BT) if want.expert_balance else zero,
+        dropped)

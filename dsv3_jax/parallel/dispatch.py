@@ -42,108 +42,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.parallel import hops, payload, rows, sharding
-
-FORMS = ("two_hop", "flat", "gather")
-OVERFLOWS = ("rounds", "drop")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How experts are cut and tokens reach them; static.
-
-  Attributes:
-    axes: mesh axes that cut the experts, slowest first: for two hops the one between nodes and the
-      one within.
-    form: two_hop, flat or gather.
-    transport: dense (all-to-all of whole buffers) or ragged (of their filled parts, where the
-      platform has it).
-    factor: room in buffers over the mean share; 0: for the worst case.
-    overflow: what finds no room goes in further rounds, or is dropped and counted.
-    limit: most nodes a token's experts lie on, as the router promises; 0: no promise. Only sizes
-      buffers.
-    combine: dtype of what combine sends, see `payload.Wire`.
-    block: rows of a block of the experts' matmuls; 0: the layer chooses.
-  """
-
-  axes: tuple[str, ...] = ("node", "gpu")
-  form: str = "two_hop"
-  transport: str = "dense"
-  factor: float = 0.0
-  overflow: str = "rounds"
-  limit: int = 0
-  combine: str = ""
-  block: int = 0
-
-  def __post_init__(self):
-    for name, known in (("form", FORMS), ("transport", hops.TRANSPORTS), ("overflow", OVERFLOWS)):
-      if getattr(self, name) not in known:
-        raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
-    if self.form == "two_hop" and len(self.axes) != 2:
-      raise ValueError(f"form='two_hop' needs two axes, between nodes and within one, not "
-                       f"{self.axes}; use form='flat'")
-    if self.form == "gather" and self.transport == "ragged":
-      raise ValueError("form='gather' sends whole arrays; use transport='dense'")
-    if min(self.factor, self.limit, self.block) < 0:
-      raise ValueError(f"factor={self.factor}, limit={self.limit} and block={self.block} must not "
-                       "be negative")
-    payload.Wire(combine=self.combine)  # checks it
-
-
-@dataclasses.dataclass(frozen=True)
-class Room:
-  """Sizes of buffers.
-
-  Attributes:
-    slots: for each hop, slots for each pair of sender and receiver; 0 where all rows are gathered.
-    pairs: (row, local expert) pairs of one device.
-    complete: whether they hold the worst case.
-  """
-
-  slots: tuple[int, ...]
-  pairs: int
-  complete: bool
-
-
-def room(tokens: int, active: int, local: int, sizes: tuple[int, ...], settings: Settings) -> Room:
-  """Sizes of the buffers of a device.
-
-  Args:
-    tokens: P of one device.
-    active: A.
-    local: e, experts of one device.
-    sizes: devices along `settings.axes`.
-    settings: form, factor and limit are read.
-  """
-  P, A, W, factor = tokens, active, 1, settings.factor
-  for n in sizes:
-    W *= n
-
-  def slots(rows: int, sent: int, devices: int) -> int:
-    """Of a buffer for `rows` rows that send `sent` copies in the mean."""
-    return min(rows, max(-(-int(factor * sent) // devices), 1)) if factor else rows
-
-  if settings.form == "gather":
-    each, arrived = (0,), W * P
-  elif settings.form == "flat":
-    each = (slots(P, P * min(A, W), W),)
-    arrived = W * each[0]
-  else:
-    nodes, gpus = sizes
-    visited = min(A, nodes, settings.limit or nodes)
-    first = slots(P, P * visited, nodes)
-    second = slots(nodes * first, P * min(A, visited * gpus), gpus)
-    each, arrived = (first, second), gpus * second
-  worst = arrived * min(A, local)
-  pairs = min(worst, max(int(factor * P * A), 1)) if factor else worst
-  full = dataclasses.replace(settings, factor=0.0)
-  return Room(each, pairs, not factor or (each, pairs) == (
-      (r := room(P, A, local, sizes, full)).slots, r.pairs))
+from dsv3_jax.parallel.buffers import Settings, room
 
 
 @functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["hops", "rows", "local_ZA", "gate_ZA"], meta_fields=["experts"])
+                   data_fields=["hops", "rows", "local_ZA", "gate_ZA"],
+                   meta_fields=["experts", "wire", "first"])
 @dataclasses.dataclass(frozen=True)
 class Route:
   """Where the tokens of one turn go; all that dispatch, combine and their derivatives need.
@@ -154,6 +61,8 @@ class Route:
     local_ZA: int32, local numbers of the experts of each arrived row; `experts`: elsewhere.
     gate_ZA: fp32, routing weights that arrived with them.
     experts: e, of this device.
+    wire: formats.
+    first: whether this is the first turn.
   """
 
   hops: tuple[hops.Hop | hops.Gather, ...]
@@ -161,6 +70,8 @@ class Route:
   local_ZA: jax.Array
   gate_ZA: jax.Array
   experts: int
+  wire: payload.Wire
+  first: bool
 
   def send(self, tree: Any) -> Any:
     """Moves a tree of rows [P, ...] to [Z, ...]. Not differentiable; see `dispatch`."""
@@ -169,15 +80,29 @@ class Route:
       packed = [hop.send(x) for x in packed]
     return unpack(packed)
 
-  def back(self, y_Z: jax.Array, wire: str = "") -> jax.Array:
+  def back(self, y_Z: jax.Array, combine: str | None = None) -> jax.Array:
     """Transpose of `send` for one array: [Z, ...] to sums [P, ...] in its dtype.
 
-    `wire` is the dtype in which each hop sends; "": that of the array.
+    `combine` takes the place of the wire's.
     """
     dtype = y_Z.dtype
     for hop in reversed(self.hops):
-      y_Z = hop.back(y_Z.astype(wire or dtype))
+      y_Z = hop.back(y_Z.astype((self.wire.combine if combine is None else combine) or dtype))
     return y_Z.astype(dtype)
+
+
+def crossing_rows(route: Route, settings: Settings) -> jax.Array:
+  """Rows that this device sends to other nodes in the route's turn, int32 (`crossings.Crossings`).
+
+  The first of `settings.axes` is between nodes. Where all rows are gathered, each goes to every
+  device of every other node.
+  """
+  nodes = lax.axis_size(settings.axes[0])
+  if isinstance(route.hops[0], hops.Gather):
+    W = hops.size(settings.axes)
+    return jnp.asarray(route.gate_ZA.shape[0] // W * (W - W // nodes), jnp.int32)
+  sent = route.hops[0].sent_W.reshape(nodes, -1).sum(1)
+  return jnp.where(jnp.arange(nodes) == lax.axis_index(settings.axes[0]), 0, sent).sum()
 
 
 def route(expert_PA: jax.Array, gate_PA: jax.Array, experts: int, block: int, settings: Settings,
@@ -245,51 +170,50 @@ def route(expert_PA: jax.Array, gate_PA: jax.Array, experts: int, block: int, se
   planned, most, left = rows.plan(local_ZA, e, block, space.pairs, turns[-1])
   gate_ZA = lax.bitcast_convert_type(message[:, A:], jnp.float32)
   needed = lax.pmax(jnp.stack([*needed, most]), settings.axes)
-  return (Route(tuple(steps), planned, local_ZA, gate_ZA, e), jnp.maximum(needed, 1),
-          sum([*waiting, left]))
+  made = Route(tuple(steps), planned, local_ZA, gate_ZA, e, settings.wire, turn is None)
+  # Named as what arrives, so that a remat policy keeps both and the backward pass asks nobody.
+  made = jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), made)
+  return made, jnp.maximum(needed, 1), sum([*waiting, left])
 
 
 # --- with derivatives ---------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dispatch(x_PD, route, wire):
-  if wire.activations is None:
+def _sent(x_PD: jax.Array, route: Route, codec: payload.Codec | None) -> jax.Array:
+  if codec is None:
     return route.send(x_PD)
-  return wire.activations.decode(route.send(wire.activations.encode(x_PD))).astype(x_PD.dtype)
+  return codec.decode(route.send(codec.encode(x_PD))).astype(x_PD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _combine(y_ZD, route, wire):
-  return route.back(y_ZD, wire.combine)
+@jax.custom_vjp
+def _dispatch(x_PD, route):
+  return _sent(x_PD, route, route.wire.activations)
 
 
-def _dispatch_gradient(dy_PD, route, wire):
-  if wire.gradients is None:
-    return route.send(dy_PD)
-  return wire.gradients.decode(route.send(wire.gradients.encode(dy_PD))).astype(dy_PD.dtype)
+@jax.custom_vjp
+def _combine(y_ZD, route):
+  return route.back(y_ZD)
 
 
-_dispatch.defvjp(lambda x, r, wire: (_dispatch(x, r, wire), r),
-                 lambda wire, r, dx_ZD: (r.back(dx_ZD, wire.combine), None))
-_combine.defvjp(lambda y, r, wire: (_combine(y, r, wire), r),
-                lambda wire, r, dy_PD: (_dispatch_gradient(dy_PD, r, wire), None))
+_dispatch.defvjp(lambda x_PD, r: (_dispatch(x_PD, r), r), lambda r, dx_ZD: (r.back(dx_ZD), None))
+_combine.defvjp(lambda y_ZD, r: (_combine(y_ZD, r), r),
+                lambda r, dy_PD: (_sent(dy_PD, r, r.wire.gradients), None))
 
 
 def _axes(route: Route) -> tuple[str, ...]:
   return tuple(axis for hop in route.hops for axis in hop.axes)
 
 
-def dispatch(x_PD: jax.Array, route: Route, wire: payload.Wire = payload.PLAIN) -> jax.Array:
+def dispatch(x_PD: jax.Array, route: Route) -> jax.Array:
   """Rows at their experts' devices, [Z, D] in the dtype of `x_PD`; backward: `combine`'s sums."""
   with jax.named_scope("dispatch"):
-    return _dispatch(sharding.varying(x_PD, _axes(route)), route, wire)
+    return _dispatch(sharding.varying(x_PD, _axes(route)), route)
 
 
-def combine(y_ZD: jax.Array, route: Route, wire: payload.Wire = payload.PLAIN) -> jax.Array:
+def combine(y_ZD: jax.Array, route: Route) -> jax.Array:
   """Sums of each token's rows, [P, D] in the dtype of `y_ZD`; backward: `dispatch`'s sends."""
   with jax.named_scope("combine"):
-    return _combine(sharding.varying(y_ZD, _axes(route)), route, wire)
+    return _combine(sharding.varying(y_ZD, _axes(route)), route)
 
 
 @jax.custom_vjp
@@ -297,7 +221,8 @@ def _arrived(gate_PA, route):
   return route.gate_ZA
 
 
-_arrived.defvjp(lambda gate_PA, r: (r.gate_ZA, r), lambda r, dgate_ZA: (r.back(dgate_ZA), None))
+_arrived.defvjp(lambda gate_PA, r: (r.gate_ZA, r),
+                lambda r, dgate_ZA: (r.back(dgate_ZA, "float32"), None))
 
 
 def gates(gate_PA: jax.Array, route: Route) -> jax.Array:

@@ -25,13 +25,13 @@ class Codec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-  """Formats of one dispatch and its combine (report 3.3.3); each field stands for itself.
+  """Formats of dispatch and combine (report 3.3.3); each field stands for itself.
 
   Attributes:
     activations: of what dispatch sends forward; None: as it is.
     gradients: of what combine's backward pass sends; None: as it is.
     combine: dtype of what combine, and dispatch's backward pass, send; "": as it is. A sum is
-      always taken in fp32 and rounded once before each crossing.
+      always taken in fp32 and rounded once before each hop.
   """
 
   activations: Codec | None = None
@@ -41,9 +41,6 @@ class Wire:
   def __post_init__(self):
     if self.combine not in ("", "bfloat16", "float32"):
       raise ValueError(f'combine={self.combine!r} must be "" (as it is), bfloat16 or float32')
-
-
-PLAIN = Wire()
 
 
 def row_bytes(tree: Any) -> int:

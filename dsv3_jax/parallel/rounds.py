@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.parallel import dispatch, sharding
+from dsv3_jax.parallel import buffers, dispatch, hops, sharding
 
 Body = Callable[[Any, jax.Array, dispatch.Route], jax.Array]
 
 
 def run(body: Body, operands: Any, expert_PA: jax.Array, gate_PA: jax.Array, experts: int,
-        block: int, settings: dispatch.Settings) -> tuple[jax.Array, jax.Array]:
+        block: int, settings: buffers.Settings) -> tuple[jax.Array, jax.Array]:
   """Sum over turns of `body(operands, gate_ZK, route)`.
 
   Args:
@@ -48,8 +48,8 @@ def run(body: Body, operands: Any, expert_PA: jax.Array, gate_PA: jax.Array, exp
 
   y_PD, needed, left = turn(smooth, gate_PA, fixed, expert_PA, None)
   sizes = tuple(lax.axis_size(axis) for axis in settings.axes)
-  local = experts // dispatch.hops.size(settings.axes)
-  enough = dispatch.room(*expert_PA.shape, local, sizes, settings).complete
+  local = experts // hops.size(settings.axes)
+  enough = buffers.room(*expert_PA.shape, local, sizes, settings).complete
   if enough or settings.overflow == "drop":
     return y_PD, left
   return y_PD + _rest(turn, smooth, gate_PA, fixed, expert_PA, needed), jnp.zeros_like(left)
