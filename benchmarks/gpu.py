@@ -170,8 +170,6 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
   slug = "dry" if args.dry else re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
   path = out / f"gpu-{slug}.json"
-  # A step runs in a session of its own and would survive this process.
-  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
   start, done = time.monotonic(), []
   for step in (s for s in STEPS if s.name in args.steps):
     left = 60 * args.minutes - (time.monotonic() - start)
@@ -194,4 +192,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  # A step runs in a session of its own and would survive this process.
+  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
   sys.exit(main())

@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
   p.add_argument("--steps", type=int, default=100)
   p.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/gpu"))
   p.add_argument("--documents", default="", help="learn these in place of the standard library")
-  p.add_argument("--dry", action="store_true", help="a miniature, three steps on this package's source")
+  p.add_argument("--dry", action="store_true",
+                 help="a miniature, three steps on this package's source")
   p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="config overrides")
   p.add_argument("--json", type=pathlib.Path)
   args = p.parse_args(argv)
