@@ -99,3 +99,15 @@ def test_picture():
   texts = sorted((t.get_text(), *np.round(t.get_position(), 2)) for t in axes.texts)
   assert texts == [("0", 0.5, 0.5), ("1", 2.5, 0.25), ("2", 2.5, 0.75), ("3", 1, 1.5),
                    ("3", 2, 1.5)]
+
+
+def test_way_back_is_drawn_as_the_other_direction(tmp_path, monkeypatch):
+  """Oracle: the first ops of a V's turn, by hand: down, and back up with the same micro-batch."""
+  drawn = []
+  draw = schedule_plot.draw
+  monkeypatch.setattr(schedule_plot, "draw",
+                      lambda bars, title: (drawn.append(bars), draw(bars, title))[1])
+  assert cli.run(["schedule", "--name=dualpipe_v", "--ranks=2", "--microbatches=4",
+                  f"--plot={tmp_path / 'v.svg'}"]) == 0
+  assert [bar.parts for bar in drawn[0][1][:2]] == [(("F", 0, 0),), (("F", 0, 1),)]
+  assert drawn[0][0][-1].parts[0][0] == "W"
