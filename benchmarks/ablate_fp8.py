@@ -7,7 +7,8 @@
 A finished run is one small JSON file, so that an interruption costs one run. The runs share the
 tokenized text in the workdir's data/. Losses are the
 training loss in nats a token, smoothed with an EMA of 0.9 as in the report (appendix B.1) and
-corrected for its start; differences are relative to the mean of the fp32 runs of the same length.
+corrected for its start; differences are relative to the fp32 run of the same seed and length and,
+where there are such fp32 runs, with the same changes.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def table() -> str:
 
   for (steps, arm, changes), found in sorted(runs.items()):
     # Paired by seed: initial weights and data are then the same, and only the recipe differs.
-    base = {kept["seed"]: kept["smoothed"] for kept in runs.get((steps, BASELINE, ""), ())}
+    beside = runs.get((steps, BASELINE, changes)) or runs.get((steps, BASELINE, ""), ())
+    base = {kept["seed"]: kept["smoothed"] for kept in beside}
     pairs = [kept["smoothed"] / base[kept["seed"]] - 1 for kept in found if kept["seed"] in base]
     difference = "-"
     if pairs:
