@@ -7,7 +7,8 @@ import dataclasses
 class Row:
   """Attributes:
     bubble: time that each rank idles, in the unit of the durations.
-    parameters: copies of the model that the pipeline's ranks hold together.
+    parameters: copies of the model that the pipeline's ranks hold together. (The authors count
+      dualpipe_v as 2, against a pipeline of PP ranks, it having half as many.)
     activations: most units that a rank has alive, a unit being one stage's activations.
   """
 
