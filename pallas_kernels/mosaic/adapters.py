@@ -33,7 +33,8 @@ def _how(impl: str) -> dict:
   if on_hopper():
     return dict(num_sms=jax.devices()[0].core_count, interpret=False)
   if impl == "pallas" and jax.default_backend() == "cpu":
-    return dict(num_sms=2, interpret=True)
+    from pallas_kernels.mosaic import compat
+    return dict(num_sms=2, interpret=compat.InterpretParams())
   raise NotImplementedError("FP8 kernels need a Hopper GPU (compute capability 9.0)")
 
 
@@ -50,6 +51,11 @@ def _interval(interval: int) -> int:
   return interval
 
 
+def _columns(M: int, codes_KM: jax.Array, scales_mK: jax.Array) -> Scaled:
+  """What kernels made in tiles of 128x1, which end with whole tiles."""
+  return Scaled(codes_KM[:, :M].T, scales_mK, (TILE, 1))
+
+
 # --- quantizers ---------------------------------------------------------------------------------
 
 
@@ -63,8 +69,7 @@ def quantize(x: jax.Array, tile: tuple[int, int], pow2: bool, floor: float, impl
     codes_MK, scales_kM = kernels.rows(x, pow2=pow2, floor=floor, **how)
     return Scaled(codes_MK, scales_kM.T, tile)
   if tile == (TILE, 1):
-    codes_KM, scales_mK = kernels.columns(x, pow2=pow2, floor=floor, **how)
-    return Scaled(codes_KM.T, scales_mK, tile)
+    return _columns(x.shape[0], *kernels.columns(x, pow2=pow2, floor=floor, **how))
   raise NotImplementedError(f"tiles {tile}; those of 1x128 and 128x1 have kernels")
 
 
@@ -72,8 +77,8 @@ def quantize_both(x_MK: jax.Array, pow2: bool, floor: float, impl: str) -> tuple
   """Tiles of 1x128 and of 128x1 from one read."""
   how = _how(impl)
   from pallas_kernels.mosaic import quantize as kernels
-  (codes_MK, scales_kM), (codes_KM, scales_mK) = kernels.both(x_MK, pow2=pow2, floor=floor, **how)
-  return Scaled(codes_MK, scales_kM.T, (1, TILE)), Scaled(codes_KM.T, scales_mK, (TILE, 1))
+  (codes_MK, scales_kM), columns = kernels.both(x_MK, pow2=pow2, floor=floor, **how)
+  return Scaled(codes_MK, scales_kM.T, (1, TILE)), _columns(x_MK.shape[0], *columns)
 
 
 def quantize_weight(w: jax.Array, pow2: bool, floor: float, impl: str) -> tuple[Scaled, Scaled]:
@@ -92,8 +97,8 @@ def turn(x: Scaled, pow2: bool, floor: float, impl: str) -> Scaled:
   how = _how(impl)
   from pallas_kernels.mosaic import quantize as kernels
   _need(x, (1, TILE), "the operand")
-  codes_KM, scales_mK = kernels.turn(x.codes, x.scales.T, pow2=pow2, floor=floor, **how)
-  return Scaled(codes_KM.T, scales_mK, (TILE, 1))
+  return _columns(x.codes.shape[0],
+                  *kernels.turn(x.codes, x.scales.T, pow2=pow2, floor=floor, **how))
 
 
 def swiglu(gate_MF: jax.Array, up_MF: jax.Array, weight_M: jax.Array | None, pow2: bool,
@@ -119,10 +124,8 @@ def swiglu_backward(gate_MF: Scaled, up_MF: Scaled, dh_MF: jax.Array, weight_M: 
   def rows(x):
     return Scaled(x[0], x[1].T, (1, TILE))
 
-  def columns(x):
-    return Scaled(x[0].T, x[1], (TILE, 1))
-
-  return *((rows(a), columns(b)) for a, b in (dgate, dup)), columns(h), dweight_M
+  M = dh_MF.shape[0]
+  return *((rows(a), _columns(M, *b)) for a, b in (dgate, dup)), _columns(M, *h), dweight_M
 
 
 # --- matmuls ------------------------------------------------------------------------------------
