@@ -9,6 +9,7 @@ a Hopper GPU, other formats or tiles than the kernels know. Only `impl="pallas"`
 in the interpreter, which shows that they are right and takes its time.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -43,6 +44,15 @@ def _need(x: Scaled, tile: tuple[int, int], what: str) -> None:
     raise NotImplementedError(f"{what} is {x.codes.dtype}, not quantized to e4m3")
   if x.tile != tile:
     raise NotImplementedError(f"{what} has tiles {x.tile}, not {tile}")
+
+
+def _config(kind: str, M: int, N: int, K: int, G: int = 1, dtype=jnp.float32):
+  """The device's measured configuration; elsewhere what its model likes and can be interpreted."""
+  from pallas_kernels.mosaic import compat, config, tables
+  if on_hopper():
+    return tables.lookup(jax.devices()[0].device_kind, kind, M, N, K, G, dtype)
+  found = config.heuristic(kind, M, N, K, G, dtype)
+  return found if compat.CLUSTERS else dataclasses.replace(found, cluster=None)
 
 
 def _interval(interval: int) -> int:
@@ -140,7 +150,8 @@ def gemm(a_MK: Scaled, b_KN: Scaled, turned_NK: Scaled | None, dtype, interval: 
   _need(b_KN, (TILE, TILE), "the second operand")
   b_NK, s_nk = ((b_KN.codes.T, b_KN.scales.T) if turned_NK is None else
                 (turned_NK.codes, turned_NK.scales))
-  return kernels.gemm(a_MK.codes, a_MK.scales.T, b_NK, s_nk, out_dtype=dtype,
+  config = _config("dense", *a_MK.codes.shape[:1], *b_NK.shape, dtype=dtype)
+  return kernels.gemm(a_MK.codes, a_MK.scales.T, b_NK, s_nk, out_dtype=dtype, config=config,
                       interval=_interval(interval), **how)
 
 
@@ -150,7 +161,9 @@ def wgrad(x_MK: Scaled, dy_MN: Scaled, interval: int, impl: str) -> jax.Array:
   from pallas_kernels.mosaic import gemm as kernels
   _need(x_MK, (TILE, 1), "the input")
   _need(dy_MN, (TILE, 1), "the gradient")
-  return kernels.wgrad(x_MK.codes.T, x_MK.scales, dy_MN.codes.T, dy_MN.scales,
+  T, K = x_MK.codes.shape
+  config = _config("wgrad", K, dy_MN.codes.shape[1], T)
+  return kernels.wgrad(x_MK.codes.T, x_MK.scales, dy_MN.codes.T, dy_MN.scales, config=config,
                        interval=_interval(interval), **how)
 
 
@@ -164,8 +177,10 @@ def grouped_gemm(x_MK: Scaled, w_GKN: Scaled, turned_GNK: Scaled | None, group_m
   _blocks(x_MK, group_m)
   w_GNK, s_Gnk = ((w_GKN.codes.mT, w_GKN.scales.mT) if turned_GNK is None else
                   (turned_GNK.codes, turned_GNK.scales))
+  G, N, K = w_GNK.shape
+  config = _config("grouped", x_MK.codes.shape[0], N, K, G, dtype)
   return kernels.grouped_gemm(x_MK.codes, x_MK.scales.T, w_GNK, s_Gnk, group_m, used,
-                              out_dtype=dtype, interval=_interval(interval), **how)
+                              out_dtype=dtype, config=config, interval=_interval(interval), **how)
 
 
 def grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax.Array, groups: int,
@@ -180,8 +195,10 @@ def grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax.Arr
   group_m = jnp.where(jnp.arange(group_m.shape[0]) < used, group_m, groups)
   edges = jnp.searchsorted(group_m, jnp.arange(groups + 1)).astype(jnp.int32)
   bounds_G2 = jnp.stack([edges[:-1], edges[1:]], axis=1)
+  T, K = x_MK.codes.shape
+  config = _config("grouped_wgrad", K, dy_MN.codes.shape[1], T, groups)
   return kernels.grouped_wgrad(x_MK.codes.T, x_MK.scales, dy_MN.codes.T, dy_MN.scales, bounds_G2,
-                               interval=_interval(interval), **how)
+                               config=config, interval=_interval(interval), **how)
 
 
 def _blocks(x_MK: Scaled, group_m: jax.Array) -> None:
