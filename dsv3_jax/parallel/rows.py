@@ -14,7 +14,8 @@ import jax.numpy as jnp
 class Rows(NamedTuple):
   """Where every (row, local choice) pair stands among M rows; reads as `model.moe.Plan` does.
 
-  The last block is never in use: its rows are zero, and pairs that are not here point there.
+  Row M - 1 is padding under any load, and zero like all padding: pairs that are not here point to
+  it. (M is reached only where every expert's last block is partly filled.)
   """
 
   pair_M: jax.Array  # int32, row * K + choice; Z * K marks padding
@@ -42,7 +43,7 @@ def plan(local_ZA: jax.Array, experts: int, block: int, capacity: int,
     turns = -(-(place[-1, -1] + 1) // capacity)
     going_Ze = wanted_Ze & (place // capacity == turn)
     waiting = (wanted_Ze & ~going_Ze).sum(dtype=jnp.int32)
-  blocks = capacity // block + min(e, capacity) + 1
+  blocks = capacity // block + min(e, capacity)
   M = blocks * block
   seen_Ze = jnp.cumsum(going_Ze, axis=0, dtype=jnp.int32)
   end_block_e = jnp.cumsum(-(-seen_Ze[-1] // block), dtype=jnp.int32)

@@ -335,22 +335,28 @@ def test_packing():
     np.testing.assert_array_equal(np.asarray(a), np.concatenate([b, b]))
 
 
-def test_rows_are_a_plan():
-  """Oracle: `moe.plan` of the same pairs; those of other devices point to a row that is zero."""
+@pytest.mark.parametrize("e,Z,spread_over", [(2, 20, 8), (5, 20, 8), (1, 6, 4), (3, 5, 3)])
+def test_rows_are_a_plan(e, Z, spread_over):
+  """Law: every pair of this device once, in a used block of its expert; the last row is padding.
+
+  Also where the load is the worst that there is room for, and where but one pair is elsewhere.
+  """
+  run = jit(functools.partial(rows.plan, experts=e, block=4, capacity=Z * min(3, e)))
   rng = np.random.default_rng(0)
-  for e in (2, 5):  # fewer and more than the 3 choices
-    local_ZA = np.argsort(rng.normal(size=(20, 8)), 1)[:, :3].astype(np.int32)
-    p, turns, waiting = jit(functools.partial(rows.plan, experts=e, block=4, capacity=60))(
-        np.minimum(local_ZA, e))
+  for elsewhere in (None, 0, 1):
+    local_ZA = np.argsort(rng.normal(size=(Z, spread_over)), 1)[:, :3].astype(np.int32)
+    if elsewhere is not None:  # all experts in every row, but for that many
+      local_ZA = np.tile(np.arange(3, dtype=np.int32), (Z, 1))
+      local_ZA[:elsewhere, 0] = e
+    p, turns, waiting = run(np.minimum(local_ZA, e))
     assert (int(turns), int(waiting)) == (1, 0)
-    K, M, here = min(3, e), len(p.pair_M), int((local_ZA < e).sum())
-    real = np.asarray(p.pair_M) < 20 * K
-    assert real.sum() == here and not real[-4:].any()
-    place = np.asarray(p.row_PA)
+    K, M = min(3, e), len(p.pair_M)
+    real = np.asarray(p.pair_M) < Z * K
+    assert not real[-1] and not real[int(p.used) * 4:].any()
     expert = np.asarray(p.group_m)[np.nonzero(real)[0] // 4]
-    token = np.asarray(p.pair_M)[real] // K
-    assert sorted(zip(token, expert, strict=True)) == sorted(
+    assert sorted(zip(np.asarray(p.pair_M)[real] // K, expert, strict=True)) == sorted(
         (t, x) for t, xs in enumerate(local_ZA) for x in xs if x < e)
+    place = np.asarray(p.row_PA)
     np.testing.assert_array_equal(np.sort(place[place != M - 1]), np.nonzero(real)[0])
     assert (np.diff(np.asarray(p.group_m)[:int(p.used)]) >= 0).all()
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dsv3_jax import config
-from dsv3_jax.fp8 import quantize, recipe
+from dsv3_jax.fp8 import quantize, recipe, weights
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.model import moe
 from dsv3_jax.parallel import payload
@@ -30,6 +30,7 @@ BLOCK = 4
 GRAPHDEF, PARAMS, BUFFERS = small.split(
     nnx.eval_shape(lambda: moe.MoELayer(CFG, rngs=nnx.Rngs(0))))
 PARAMS = jax.tree.map(lambda x: jnp.asarray(0.2 * RNG.normal(size=x.shape), x.dtype), PARAMS)
+PARAMS = nnx.to_pure_dict(PARAMS)  # as the training step has them
 BUFFERS = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), BUFFERS)
 SPECS = jax.tree_util.tree_map_with_path(
     lambda path, _: CUT if "_E" in jax.tree_util.keystr(path).rpartition("w_")[2] else
@@ -39,8 +40,10 @@ SPECS = jax.tree_util.tree_map_with_path(
 def both(params, x, dy, call, axes=()):
   """y, statistics, dx and the parameters' gradients, those of whole parameters summed."""
   params = jax.tree.map(lambda p: vma.match(p, x), params)
+  prepared = weights.prepare(params, call.recipe)  # once, as a training step does
 
   def forward(params, x):
+    params = params if call.recipe is None else weights.with_masters(prepared, params)
     return nnx.merge(GRAPHDEF, params, BUFFERS)(x, call)
 
   y, pull, stats = jax.vjp(forward, params, x, has_aux=True)
@@ -130,7 +133,7 @@ def test_formats_are_given_once():
 
 
 @pytest.mark.parametrize("changes", [
-    {"recipe": "per_tensor_current"}, {"recipe": "block_gradients"}, {"recipe": "bf16"}])
+    {"recipe": "per_tensor_current"}, {"recipe": "per_tensor_delayed"}, {"recipe": "block_gradients"}, {"recipe": "bf16"}])
 def test_every_recipe_passes_the_check(changes):
   """Law: traces under check_vma=True, in both kinds of buffers."""
   for factor in (0.0, 0.5):
