@@ -10,6 +10,7 @@ issue of the promotion, and the copies' share of L2. Tiles run in waves over the
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ class GemmConfig:
     rows: of a warpgroup: 64, or 128 in two waves.
     tile_n: columns of a tile.
     warpgroups: that compute; they lie one under the other.
-    stages: of the ring of operands.
+    stages: of the ring of operands, of 128 values each.
     cluster: None, or the axis along which two thread blocks lie: "m" (they share B) or "n" (A).
     raster_minor: 0 or 1, the axis (M or N) along which consecutive tiles lie,
     raster_width: in runs of this many.
@@ -75,12 +76,25 @@ def store_columns(tile_n: int, N: int, dtype) -> int:
 
 def shared_memory(config: GemmConfig, kind: str, out_dtype=jnp.bfloat16) -> int:
   """Bytes of shared memory; each array starts at a multiple of 1024."""
+  return _shared_memory(config, kind, out_dtype, config.stages, BLOCK)
+
+
+def _shared_memory(config, kind, out_dtype, stages, values):
   tm, tn = config.tile_m, config.tile_n
-  arrays = [config.stages * tm * BLOCK, config.stages * tn * BLOCK, config.stages * tm * 4,
+  arrays = [stages * tm * values, stages * tn * values, stages * tm * 4,
             tm * tn * jnp.dtype(out_dtype).itemsize]
   if one_d(kind):
-    arrays.append(config.stages * tn * 4)
-  return sum(-(-size // 1024) * 1024 for size in arrays) + 8 * (2 * config.stages + 2)
+    arrays.append(stages * tn * 4)
+  barriers = 3 * stages + 2
+  return sum(-(-size // 1024) * 1024 for size in arrays) + 8 * barriers
+
+
+def ring(config: GemmConfig, kind: str, out_dtype, interval: int) -> int:
+  """Stages of `interval` values that hold what `config.stages` of 128 do, if there is room."""
+  stages = config.stages * (BLOCK // interval)
+  while _shared_memory(config, kind, out_dtype, stages, interval) > SHARED_MEMORY:
+    stages -= 1
+  return stages
 
 
 def legal(config: GemmConfig, kind: str, M: int, N: int, K: int, out_dtype=jnp.bfloat16
@@ -110,16 +124,20 @@ def legal(config: GemmConfig, kind: str, M: int, N: int, K: int, out_dtype=jnp.b
   used = shared_memory(c, kind, out_dtype)
   if used > SHARED_MEMORY:
     return f"{used} bytes of shared memory, {SHARED_MEMORY} exist"
-  if spills(c, kind, out_dtype):
+  if spills(c, kind):
     return "its accumulators do not fit into registers"
   return None
 
 
-def spills(config: GemmConfig, kind: str, out_dtype=jnp.bfloat16) -> bool:
-  """Whether a thread's accumulators are more than its registers hold, as compiling showed."""
-  tn, waves = config.tile_n, config.rows // 64
-  part, sums = tn // 2, waves * tn // 2
-  return part + sums > 192
+def spills(config: GemmConfig, kind: str) -> bool:
+  """Whether a thread's accumulators are more than its registers hold, as compiling showed.
+
+  They are the product on its way, the promoted sums, and a row of scales if there is one: 200 of
+  the 232 registers are what fits besides addresses (128x192 and 256x128 dense, 128x160 wgrad).
+  """
+  columns, waves = config.tile_n // 2, config.rows // 64
+  scales = config.tile_n // 4 if one_d(kind) else 0
+  return columns + waves * columns + scales > 200
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -145,7 +163,7 @@ def clocks(config: GemmConfig, kind: str, M: int, N: int, K: int, G: int = 1,
   port = waves * (64 + tn) + tm + tn
   subs = 1 if one_d(kind) else tn // math.gcd(tn, BLOCK)
   promotion = tn * 1.15 if one_d(kind) else tn / 2
-  issue = waves * (promotion + 80 + 7 * subs)
+  issue = waves * (promotion + 70 + 20 * subs)
   l2 = (tm / share_a + tn / share_b) * BLOCK / L2_BYTES
   step = max(tensor, port, issue, l2)
 
@@ -195,6 +213,7 @@ def candidates(kind: str, M: int, N: int, K: int, G: int = 1, out_dtype=jnp.bflo
   return [c for c in found if not legal(c, kind, M, N, K, out_dtype)][:40]
 
 
+@functools.cache
 def heuristic(kind: str, M: int, N: int, K: int, G: int = 1, out_dtype=jnp.bfloat16) -> GemmConfig:
   """The model's choice; arguments as `clocks`."""
   return candidates(kind, M, N, K, G, out_dtype)[0]

@@ -7,8 +7,8 @@ copies into a ring of stages and one or two compute; the ring runs on across til
 tile's operands arrive while the last products of this one are summed.
 
 Promotion. A tensor core multiplies e4m3 codes and adds in about 14 bits, so after `interval` values
-the partial sum is multiplied by its scales and added to fp32 registers. The two warpgroups take
-turns: while one promotes, the other keeps the tensor core busy.
+(a stage of the ring) the partial sum is multiplied by its scales and added to fp32 registers. The
+two warpgroups take turns: while one promotes, the other keeps the tensor core busy.
 
 Epilogue. With few steps of k a tile's end costs as much as its products: 32768x512 has four. So a
 finished tile stays in registers, and goes to shared memory while the next tile's first product
@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import compat
-from pallas_kernels.mosaic.config import BLOCK, GemmConfig, one_d, store_columns
+from pallas_kernels.mosaic.config import BLOCK, GemmConfig, one_d, ring, store_columns
 
 WAVE = 64  # rows of one tensor-core instruction
 
@@ -147,7 +147,8 @@ def run(kind: str, config: GemmConfig, a: jax.Array, a_scales: jax.Array, b: jax
     addend: fp32 like `out`, added to the result (wgrad, grouped_wgrad).
   """
   rows, K = a.shape
-  steps, stages, tm, tn = K // BLOCK, config.stages, config.tile_m, config.tile_n
+  steps, tm, tn = K // BLOCK, config.tile_m, config.tile_n
+  parts, stages = BLOCK // interval, ring(config, kind, out.dtype, interval)
   wgs, waves = config.warpgroups, config.rows // WAVE
   wave_rows = WAVE * wgs
   vector = one_d(kind)  # B has a scale a row, not a block
@@ -158,6 +159,7 @@ def run(kind: str, config: GemmConfig, a: jax.Array, a_scales: jax.Array, b: jax
   several, padded = kind == "grouped_wgrad", kind not in ("dense", "wgrad")
   scale_rows = 0 if vector else b_scales.shape[0] // groups
   layout = plgpu.Layout.WGMMA
+  block = lambda k: lax.div(k, jnp.int32(parts)) if parts > 1 else k  # of a stage's scales
   collective = lambda axis: (
       dict(collective_axes="cluster") if config.cluster == axis else {})
 
@@ -198,12 +200,12 @@ def run(kind: str, config: GemmConfig, a: jax.Array, a_scales: jax.Array, b: jax
           def load(k, step):
             slot = lax.rem(step, jnp.int32(stages))
             pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-            window = pl.ds(k * BLOCK, BLOCK)
+            window = pl.ds(k * interval, interval)
             arrived = full.at[slot]
             plgpu.copy_gmem_to_smem(a_g.at[pl.ds(spot.row, wave_rows), window],
                                     a_s.at[slot, pl.ds(0, wave_rows)], arrived, **collective("n"))
             base, first_row = spot.a_scale or (0, spot.row)
-            plgpu.copy_gmem_to_smem(a_scales_g.at[base + k, pl.ds(first_row, tm)],
+            plgpu.copy_gmem_to_smem(a_scales_g.at[base + block(k), pl.ds(first_row, tm)],
                                     a_scales_s.at[slot], arrived, **collective("n"))
 
             def load_b(**how):
@@ -216,7 +218,7 @@ def run(kind: str, config: GemmConfig, a: jax.Array, a_scales: jax.Array, b: jax
             else:
               load_b(**collective("m"))
             if vector:
-              plgpu.copy_gmem_to_smem(b_scales_g.at[k, pl.ds(spot.column, tn)],
+              plgpu.copy_gmem_to_smem(b_scales_g.at[block(k), pl.ds(spot.column, tn)],
                                       b_scales_s.at[slot], arrived, **collective("m"))
             if waves > 1:
               plgpu.copy_gmem_to_smem(a_g.at[pl.ds(spot.row + wave_rows, wave_rows), window],
@@ -224,7 +226,7 @@ def run(kind: str, config: GemmConfig, a: jax.Array, a_scales: jax.Array, b: jax
                                       **collective("n"))
             return step + 1
 
-          return lax.fori_loop(spot.first, spot.last, load, carry)
+          return lax.fori_loop(spot.first * parts, spot.last * parts, load, carry)
 
         # A block may not end while its cluster still reads from it or arrives at its barriers.
         @pl.loop(jnp.maximum(total - stages, 0), total)
@@ -240,37 +242,34 @@ def run(kind: str, config: GemmConfig, a: jax.Array, a_scales: jax.Array, b: jax
         rows_of = lambda wave: pl.ds(wave * wave_rows + wg * WAVE, WAVE)
 
         def product(spot, k, step, sums, meanwhile=None):
-          """Adds one block of k; gives its stage back as soon as it has been read."""
+          """Adds one stage; gives it back as soon as it has been read."""
           slot = lax.rem(step, jnp.int32(stages))
           if not vector:
-            b_scale = [b_scales_g[spot.scale_row + jnp.minimum((spot.column + j * sub) // BLOCK,
-                                                               scale_rows - 1), k]
+            b_scale = [b_scales_g[spot.scale_row + jnp.minimum(
+                lax.div(spot.column + j * sub, jnp.int32(BLOCK)), scale_rows - 1), block(k)]
                        for j in range(subs)]
           plgpu.barrier_wait(full.at[slot])
           if vector:
             b_scale = compat.load(b_scales_s.at[slot], (slice(None),), layout.reduce(0), interpret)
           sums = list(sums)
           for wave in range(waves):
-            if wave:
+            if wave:  # arrives by itself, which also keeps the compiler from running two at once
               plgpu.barrier_wait(full_2.at[slot])
             a_scale = compat.load(a_scales_s.at[slot], (rows_of(wave),), layout.reduce(1),
                                   interpret)
-            for start in range(0, BLOCK, interval):
-              window = pl.ds(start, interval) if interval < BLOCK else slice(None)
-              part = compat.matmul_nt(a_s.at[slot, rows_of(wave), window],
-                                      b_s.at[slot, :, window], interpret, meanwhile)
-              meanwhile = None
-              if wave == waves - 1 and start + interval == BLOCK:
-                compat.release(empty.at[slot], interpret, config.fence)
-              for j in range(subs):
-                x = part[:, j * sub:(j + 1) * sub] if subs > 1 else part
-                if vector:
-                  x = x * lax.broadcast_in_dim(a_scale, x.shape, [0])
-                  x = x * lax.broadcast_in_dim(b_scale, x.shape, [1])
-                else:
-                  x = x * lax.broadcast_in_dim(a_scale * b_scale[j], x.shape, [0])
-                at = wave * subs + j
-                sums[at] = x if sums[at] is None else sums[at] + x
+            part = compat.matmul_nt(a_s.at[slot, rows_of(wave)], b_s.at[slot], interpret,
+                                    None if wave else meanwhile)
+            if wave == waves - 1:
+              compat.release(empty.at[slot], interpret, config.fence)
+            for j in range(subs):
+              x = part[:, j * sub:(j + 1) * sub] if subs > 1 else part
+              if vector:
+                x = x * lax.broadcast_in_dim(a_scale, x.shape, [0])
+                x = x * lax.broadcast_in_dim(b_scale, x.shape, [1])
+              else:
+                x = x * lax.broadcast_in_dim(a_scale * b_scale[j], x.shape, [0])
+              at = wave * subs + j
+              sums[at] = x if sums[at] is None else sums[at] + x
           return sums
 
         def window(ref, spot, wave):
@@ -299,9 +298,10 @@ def run(kind: str, config: GemmConfig, a: jax.Array, a_scales: jax.Array, b: jax
 
         def compute(spot, step, meanwhile):
           """The tile's values, as they are stored, and the ring's next step."""
-          sums = product(spot, spot.first, step, [None] * (waves * subs), meanwhile)
+          first = spot.first * parts
+          sums = product(spot, first, step, [None] * (waves * subs), meanwhile)
           step, sums = lax.fori_loop(
-              spot.first + 1, spot.last,
+              first + 1, spot.last * parts,
               lambda k, c: (c[0] + 1, tuple(product(spot, k, c[0], c[1]))),
               (step + 1, tuple(sums)))
           if padded:
@@ -349,8 +349,8 @@ def run(kind: str, config: GemmConfig, a: jax.Array, a_scales: jax.Array, b: jax
     arrivals = dict(num_arrivals=wgs, num_barriers=stages)
     pl.run_scoped(
         scope,
-        a_s=plgpu.SMEM((stages, tm, BLOCK), a.dtype, transforms=operands),
-        b_s=plgpu.SMEM((stages, tn, BLOCK), b.dtype, transforms=operands),
+        a_s=plgpu.SMEM((stages, tm, interval), a.dtype, transforms=operands),
+        b_s=plgpu.SMEM((stages, tn, interval), b.dtype, transforms=operands),
         a_scales_s=plgpu.SMEM((stages, tm), jnp.float32),
         out_s=plgpu.SMEM((wgs, waves, WAVE, tn), out.dtype, transforms=staging),
         full=plgpu.Barrier(num_arrivals=4 if vector else 3, num_barriers=stages),

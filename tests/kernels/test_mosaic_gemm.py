@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.mosaic import compat, gemm
+from pallas_kernels.mosaic import config as config_lib
 from pallas_kernels.mosaic.config import GemmConfig
 
 pytestmark = pytest.mark.timeout(60)
@@ -21,6 +22,15 @@ clusters = pytest.mark.skipif(not compat.CLUSTERS,
 SMALL = GemmConfig(stages=2)
 ONE = GemmConfig(warpgroups=1, tile_n=64, stages=3)
 WAVES = GemmConfig(rows=128, stages=2)
+
+
+@pytest.fixture(autouse=True)
+def no_races(capsys):
+  """The interpreter's detector only prints."""
+  yield
+  printed = capsys.readouterr().out
+  print(printed)
+  assert "RACE DETECTED" not in printed
 
 
 @pytest.fixture
@@ -71,29 +81,27 @@ def dense(rng, M, N, K):
 
 
 @pytest.mark.parametrize("config, shape", [
-    (SMALL, (256, 384, 384)),  # several tiles a block: the ring runs on, the epilogue is put off
-    (WAVES, (256, 256, 256)),
-    (ONE, (64, 192, 128)),  # one step of k
-    (GemmConfig(tile_n=192, stages=2, overlap=False), (128, 384, 256)),  # tiles straddle scales
-], ids=["two", "waves", "one", "straddling"])
+    (SMALL, (256, 256, 384)),  # two tiles a block: the ring runs on, the epilogue is put off
+    (WAVES, (256, 128, 256)),
+    (GemmConfig(tile_n=192, stages=2, overlap=False), (128, 384, 128)),  # tiles straddle scales
+], ids=["two", "waves", "straddling"])
 def test_dense(rng, config, shape):
   args, expected = dense(rng, *shape)
   assert_near(call(gemm.gemm, *args, config=config, out_dtype=jnp.float32), expected)
 
 
-@pytest.mark.parametrize("shape", [(100, 136, 200), (7, 40, 128), (1, 576, 640)], ids=str)
+@pytest.mark.parametrize("shape", [(100, 136, 200)], ids=str)
 def test_ragged(rng, shape):
-  """bf16 too; sizes that no tile divides, weights with rows and columns of half a block."""
+  """bf16; sizes that no tile divides, weights with rows and columns of half a block."""
   args, expected = dense(rng, *shape)
   y = call(gemm.gemm, *args, config=ONE)
   assert y.dtype == jnp.bfloat16
   assert_near(y, expected, 4e-3)
 
 
-@pytest.mark.parametrize("interval", [32, 64])
-def test_promotion_interval(rng, interval):
+def test_promotion_interval(rng):
   args, expected = dense(rng, 64, 64, 256)
-  y = call(gemm.gemm, *args, config=ONE, out_dtype=jnp.float32, interval=interval)
+  y = call(gemm.gemm, *args, config=ONE, out_dtype=jnp.float32, interval=32, num_sms=1)
   assert_near(y, expected)
 
 
@@ -107,7 +115,7 @@ def test_clusters(rng, axis):
 
 
 def test_sms_do_not_matter(rng):
-  args, _ = dense(rng, 128, 256, 256)
+  args, _ = dense(rng, 64, 192, 128)
   one, many = (call(gemm.gemm, *args, config=ONE, num_sms=sms) for sms in (1, 3))
   np.testing.assert_array_equal(np.asarray(one), np.asarray(many))
 
@@ -127,12 +135,13 @@ def tokens(rng, K, N, T):
 
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_wgrad(rng, accumulate):
-  K, N, T = (72, 96, 328) if compat.TAILS else (128, 128, 328)
+  """Ragged in all axes; added to what there was, or not."""
+  K, N, T = 72, 96, 328
   args = tokens(rng, K, N, T)
   before = rng.normal(size=(K, N)).astype(np.float32) * 1e3
   expected = by_row(*args[:2]) @ by_row(*args[2:]).T + before * accumulate
   more = dict(accumulate=jnp.asarray(before)) if accumulate else {}
-  assert_near(call(gemm.wgrad, *args, config=SMALL, **more), expected)
+  assert_near(call(gemm.wgrad, *args, config=ONE, **more), expected)
 
 
 @pytest.mark.parametrize("config", [
@@ -144,10 +153,11 @@ def test_grouped_wgrad(rng, config):
   args, bounds = tokens(rng, K, N, T), np.array([(0, 1), (1, 1), (1, 4), (4, 4)], np.int32)
   x, dy = by_row(*args[:2]), by_row(*args[2:])
   expected = np.stack([x[:, a * 128:b * 128] @ dy[:, a * 128:b * 128].T for a, b in bounds])
-  assert_near(call(gemm.grouped_wgrad, *args, bounds, config=config, num_sms=4), expected)
+  assert_near(call(gemm.grouped_wgrad, *args, bounds, config=config), expected)
 
 
 def test_grouped_wgrad_accumulates(rng):
+  """A group without tokens keeps what it had."""
   K, N, T = 64, 64, 128
   args, bounds = tokens(rng, K, N, T), np.array([(0, 0), (0, 1)], np.int32)
   before = rng.normal(size=(2, K, N)).astype(np.float32)
@@ -178,7 +188,7 @@ def test_grouped(rng, config, N):
     rows, g = slice(block * 128, block * 128 + 128), group_m[block]
     expected[rows] = by_row(a[rows], sa[:, rows]) @ by_block(b[g], sb[g]).T
   y = call(gemm.grouped_gemm, a, sa, b, sb, np.array(group_m, np.int32), np.int32(used),
-           config=config, out_dtype=jnp.float32, num_sms=4)
+           config=config, out_dtype=jnp.float32)
   assert_near(y, expected)
 
 
@@ -201,12 +211,30 @@ def test_masked(rng, config, finite):
     assert not finite or np.isfinite(y[g]).all()
 
 
-def test_nothing_in_use(rng):
-  """No rows at all in any group."""
-  a, sa = codes(rng, 2, 64, 128), scales(rng, 2, 1, 64)
-  b, sb = codes(rng, 2, 64, 128), scales(rng, 2, 1, 1)
-  y = call(gemm.masked_gemm, a, sa, b, sb, np.zeros(2, np.int32), config=ONE)
-  assert (np.asarray(y) == 0).all()
+# --- lowering -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", config_lib.KINDS)
+def test_lowers_for_the_device(kind):
+  """Law: what runs here is what the device gets; each kind lowers as the model's shapes choose it.
+
+  The lowering itself checks shared memory.
+  """
+  G, M, N, K = 4, 1024, 7168, 2048
+  a, b = (jax.ShapeDtypeStruct((rows, K), jnp.float8_e4m3fn) for rows in (M, N))
+  sa, sb = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((K // 128, M), (N // 128, K // 128)))
+  many = lambda x: jax.ShapeDtypeStruct((G, *x.shape), x.dtype)
+  ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  rows = jax.ShapeDtypeStruct((K // 128, N), jnp.float32)
+  f, args = {
+      "dense": (gemm.gemm, (a, sa, b, sb)),
+      "grouped": (gemm.grouped_gemm, (a, sa, many(b), many(sb), ints(M // 128), ints())),
+      "masked": (gemm.masked_gemm, (many(a), many(sa), many(b), many(sb), ints(G))),
+      "wgrad": (gemm.wgrad, (a, sa, b, rows)),
+      "grouped_wgrad": (gemm.grouped_wgrad, (a, sa, b, rows, ints(G, 2))),
+  }[kind]
+  text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  assert "mosaic_gpu" in text
 
 
 # --- refusals -----------------------------------------------------------------------------------
