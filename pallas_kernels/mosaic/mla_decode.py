@@ -10,9 +10,9 @@ takes 64 rows of one sequence and one split of its pages, in three warpgroups: o
     values    by columns: each accumulates 256 of the 512 output columns in registers
 
 Shared memory is full: 72 KB of queries, two pages of 72 KB, 8 KB of weights. So 8-bit records have
-no room to land in: their warpgroup loads them from global memory into registers, half a page ahead,
-and writes bf16 to the ring. It unpacks 32-bit words, which puts the latent's columns in another
-order; the queries are brought into the same order and the output back outside the kernel.
+no room to land in: their warpgroup prefetches pages into L2, loads them from there into registers a
+chunk ahead, and writes bf16 to the ring. It unpacks 32-bit words, which puts the latent's columns
+in another order; the queries are brought into the same order, and the output back, outside.
 
 Each split writes its normalised output, row maxima and row sums. XLA combines them: one pass over
 the partial outputs that fuses with the cast and the reordering, where a kernel has nothing to gain.
@@ -38,7 +38,7 @@ COLUMNS = LATENT // 2  # of the output, a warpgroup
 STAGES = 2
 _FLOOR = -1e30  # below any score, and finite: a row that sees no token has exp2(-inf - _FLOOR) = 0
 # Registers a thread of the producing and the computing warpgroups; 504 in all are there to divide.
-_REGISTERS, _RECORD_REGISTERS = (40, 232), (104, 200)
+_REGISTERS, _RECORD_REGISTERS = (40, 232), (88, 208)
 _WGMMA = plgpu.Layout.WGMMA
 
 
@@ -58,15 +58,16 @@ def choose_splits(sequences: int, row_blocks: int, pages: int, num_sms: int) -> 
 
 
 def _reorder(x: jax.Array) -> jax.Array:
-  """Columns in the order in which words of four codes are unpacked: all first codes, then..."""
+  """Columns in the order in which words of four codes are unpacked: of each 128 all first codes,
+  then all second ones, ..."""
   *lead, n = x.shape
-  return x.reshape(*lead, n // COLUMNS, COLUMNS // 4, 4).swapaxes(-1, -2).reshape(x.shape)
+  return x.reshape(*lead, n // 128, 32, 4).swapaxes(-1, -2).reshape(x.shape)
 
 
 def _restore(x: jax.Array) -> jax.Array:
   """The inverse of `_reorder`."""
   *lead, n = x.shape
-  return x.reshape(*lead, n // COLUMNS, 4, COLUMNS // 4).swapaxes(-1, -2).reshape(x.shape)
+  return x.reshape(*lead, n // 128, 4, 32).swapaxes(-1, -2).reshape(x.shape)
 
 
 def _reorder_query(q: jax.Array) -> jax.Array:
@@ -80,25 +81,25 @@ def _rows(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return lax.broadcast_in_dim(vector, shape, [0])
 
 
-def _ring(first, last, step, empty) -> None:
-  """Runs `step(i, slot)` for each page, each once its slot of the ring is free; drains the ring."""
+def _ring(first, last, step, empty, carry=None) -> None:
+  """`carry = step(i, slot, carry)` for each page, once its slot of the ring is free; drains it."""
 
-  def fill(i, count):
-    slot = lax.rem(count, jnp.int32(STAGES))
+  def fill(i, carry):
+    slot = lax.rem(i - first, jnp.int32(STAGES))
 
-    @pl.when(count >= STAGES)
+    @pl.when(i >= first + STAGES)
     def _():
       plgpu.barrier_wait(empty.at[slot])
 
-    step(i, slot)
-    return count + 1
+    return step(i, slot, carry)
 
-  count = lax.fori_loop(first, last, fill, jnp.int32(0))
+  lax.fori_loop(first, last, fill, carry)
 
-  def drain(i, _):
-    plgpu.barrier_wait(empty.at[lax.rem(i, jnp.int32(STAGES))])
+  for back in range(STAGES, 0, -1):
 
-  lax.fori_loop(jnp.maximum(count - STAGES, 0), count, drain, None)
+    @pl.when(last - first >= back)
+    def _(back=back):
+      plgpu.barrier_wait(empty.at[lax.rem(last - first - back, jnp.int32(STAGES))])
 
 
 def _unpack(words: jax.Array, code: int) -> jax.Array:
@@ -113,41 +114,64 @@ def _half(words: jax.Array, high: bool) -> jax.Array:
   return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
 
-def _produce_records(cache_g, page_of, first, last, k_s, rope_s, full, empty, interpret) -> None:
+def _produce_records(cache_g, page_of, first, last, length, k_s, full, empty, interpret) -> None:
   """Fills the ring from records: global memory -> registers -> bf16 in shared memory."""
-  half = LATENT // 8  # words of half a latent, two scales
+  words = latent_cache.TILE // 4  # that share a scale; 32, and so many of the rotary key
+  scales = LATENT // latent_cache.TILE
 
   def load(index, layout=_WGMMA):
     return compat.load(cache_g, index, layout, interpret, optimized=False)
 
-  left = compat.iota((PAGE, half), 1, _WGMMA, interpret) < half // 2
+  def chunk_of(page, chunk):
+    """Words of a scale of the latent, the last chunk those of the rotary key."""
+    start = chunk * words + (latent_cache.SCALES if chunk == scales else 0)
+    return load((page, slice(None), pl.ds(start, words)))
 
-  def write(page, slot, part, words):
-    scales = [lax.bitcast_convert_type(
-        load((page, slice(None), LATENT // 4 + 2 * part + g), _WGMMA.reduce(1)), jnp.float32)
-        for g in range(2)]
-    scale = jnp.where(left, *(_rows(s, words.shape) for s in scales))
+  token = compat.iota((PAGE, words), 0, _WGMMA, interpret)
+
+  def write(page, count, slot, chunk, codes):
+    """A chunk of the latent, zeros from the sequence's end on: what is there may be anything."""
+    scale = load((page, slice(None), scales * words + chunk), _WGMMA.reduce(1))
+    exists = token < count
+    codes, scale = (jnp.where(exists, x, jnp.zeros_like(x))
+                    for x in (codes, _rows(scale, codes.shape)))
+    scale = lax.bitcast_convert_type(scale, jnp.float32)
     for code in range(4):
-      columns = pl.ds((4 * part + code) * half, half)
-      k_s[slot, :, columns] = (_unpack(words, code) * scale).astype(jnp.bfloat16)
+      columns = pl.ds((4 * chunk + code) * words, words)
+      k_s[slot, :, columns] = (_unpack(codes, code) * scale).astype(jnp.bfloat16)
 
-  def step(i, slot):
-    page = page_of(i)
-    words = [load((page, slice(None), pl.ds(part * half, half))) for part in range(2)]
-    write(page, slot, 0, words[0])
-    rope = load((page, slice(None), pl.ds(LATENT // 4 + latent_cache.SCALES, ROPE // 2)))
-    write(page, slot, 1, words[1])
+  def prefetch(i):
+    """Number of page i, or of the last; its records start on their way into L2."""
+    page = page_of(jnp.minimum(i, last - 1))
+    if not interpret:  # jax 0.10.2's interpreter does not know it
+      plgpu.async_prefetch(cache_g.at[page])
+    return page
+
+  def step(i, slot, carry):
+    """Writes page i, whose first chunk is here; returns that of the next page."""
+    page, next_page, codes = carry
+    far_page = prefetch(i + 2)
+    for chunk in range(scales):
+      following = chunk_of(page, chunk + 1)
+      write(page, length - i * PAGE, slot, chunk, codes)
+      codes = following
+    following = chunk_of(next_page, 0)
     for high in range(2):
-      rope_s[slot, high] = _half(rope, bool(high))
+      columns = pl.ds(LATENT + high * words, words)
+      k_s[slot, :, columns] = _half(codes, bool(high))
     plgpu.commit_smem()
     plgpu.barrier_arrive(full.at[slot])
+    return next_page, far_page, following
 
-  _ring(first, last, step, empty)
+  @pl.when(first < last)
+  def _():
+    page, next_page = prefetch(first), prefetch(first + 1)
+    _ring(first, last, step, empty, (page, next_page, chunk_of(page, 0)))
 
 
 def _kernel(q_g, cache_g, pages_g, lengths_g, o_g, stats_g, *, scale, heads, tokens, splits,
             records, interpret, q_s, q_rope_s, k_s, p_s, stats_s, q_ready, full, empty, exchanged,
-            weighed, rope_s=None):
+            weighed):
   b, row_block, split = lax.axis_index("b"), lax.axis_index("rows"), lax.axis_index("split")
   wg = lax.axis_index("wg")
   rows = pl.ds(row_block * ROWS, ROWS)
@@ -164,14 +188,11 @@ def _kernel(q_g, cache_g, pages_g, lengths_g, o_g, stats_g, *, scale, heads, tok
   def _():
     plgpu.set_max_registers((_RECORD_REGISTERS if records else _REGISTERS)[0], action="decrease")
     plgpu.copy_gmem_to_smem(q_g.at[b, rows, pl.ds(0, LATENT)], q_s, q_ready)
-    ropes, _, width = q_rope_s.shape
-    for r in range(ropes):
-      columns = pl.ds(LATENT + r * width, width)
-      plgpu.copy_gmem_to_smem(q_g.at[b, rows, columns], q_rope_s.at[r], q_ready)
+    plgpu.copy_gmem_to_smem(q_g.at[b, rows, pl.ds(LATENT, ROPE)], q_rope_s, q_ready)
     if records:
-      _produce_records(cache_g, page_of, first, last, k_s, rope_s, full, empty, interpret)
+      _produce_records(cache_g, page_of, first, last, length, k_s, full, empty, interpret)
     else:
-      _ring(first, last, lambda i, slot: plgpu.copy_gmem_to_smem(
+      _ring(first, last, lambda i, slot, _: plgpu.copy_gmem_to_smem(
           cache_g.at[page_of(i)], k_s.at[slot], full.at[slot]), empty)
 
   @pl.when(wg < 2)
@@ -188,12 +209,9 @@ def _kernel(q_g, cache_g, pages_g, lengths_g, o_g, stats_g, *, scale, heads, tok
     plgpu.barrier_wait(q_ready)
 
     def scores(slot):
-      latent = (q_s, k_s.at[slot, tokens_here, pl.ds(0, LATENT)])
-      if records:
-        ropes = [(q_rope_s.at[r], rope_s.at[slot, r, tokens_here]) for r in range(2)]
-      else:
-        ropes = [(q_rope_s.at[0], k_s.at[slot, tokens_here, pl.ds(LATENT, ROPE)])]
-      return compat.matmuls_nt([latent, *ropes], interpret)
+      keys = k_s.at[slot, tokens_here]
+      return compat.matmuls_nt([(q_s, keys.at[:, pl.ds(0, LATENT)]),
+                                (q_rope_s, keys.at[:, pl.ds(LATENT, ROPE)])], interpret)
 
     def clear(slot, count):
       """Zeros for the page's values from token `count` on: 0 * NaN would be NaN."""
@@ -213,10 +231,8 @@ def _kernel(q_g, cache_g, pages_g, lengths_g, o_g, stats_g, *, scale, heads, tok
       plgpu.barrier_arrive(exchanged)
       plgpu.barrier_wait(exchanged)
 
-      # Only after the barrier has the other warpgroup read these tokens as keys.
-      @pl.when(length < (i + 1) * PAGE)
-      def _():
-        clear(slot, length - i * PAGE)
+      if not records:  # only after the barrier has the other warpgroup read these tokens as keys
+        pl.when(length < (i + 1) * PAGE)(lambda: clear(slot, length - i * PAGE))
 
       highest = top
       for other in range(2):
@@ -332,22 +348,19 @@ def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, sca
   q_BMZ = jnp.pad(q_BTHZ.reshape(B, T * H, Z), ((0, 0), (0, pad), (0, 0)))
   if records:
     q_BMZ = _reorder_query(q_BMZ)
-  wide = LATENT if records else Z
   bf16, f32 = jnp.bfloat16, jnp.float32
-  tile, narrow = compat.transforms(bf16, 64), compat.transforms(bf16, ROPE // 2)
-  q_rope = ((2, ROWS, ROPE // 2), narrow) if records else ((1, ROWS, ROPE), tile)
+  # Records are unpacked in chunks of 32 columns; all operands of the tensor core share one tiling.
+  tile = compat.transforms(bf16, 32 if records else 64)
   scratch = dict(
       q_s=plgpu.SMEM((ROWS, LATENT), bf16, transforms=tile),
-      q_rope_s=plgpu.SMEM(q_rope[0], bf16, transforms=q_rope[1]),
-      k_s=plgpu.SMEM((STAGES, PAGE, wide), bf16, transforms=tile),
+      q_rope_s=plgpu.SMEM((ROWS, ROPE), bf16, transforms=tile),
+      k_s=plgpu.SMEM((STAGES, PAGE, Z), bf16, transforms=tile),
       p_s=plgpu.SMEM((PAGE, ROWS), bf16, transforms=tile),
       stats_s=plgpu.SMEM((2, 2, ROWS), f32),
-      q_ready=plgpu.Barrier(num_arrivals=1 + q_rope[0][0]),
+      q_ready=plgpu.Barrier(num_arrivals=2),
       full=plgpu.Barrier(num_barriers=STAGES),
       empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
       exchanged=plgpu.Barrier(num_arrivals=2), weighed=plgpu.Barrier(num_arrivals=2))
-  if records:
-    scratch["rope_s"] = plgpu.SMEM((STAGES, 2, PAGE, ROPE // 2), bf16, transforms=narrow)
   body = functools.partial(_kernel, scale=scale, heads=H, tokens=T, splits=splits, records=records,
                            interpret=interpret)
   rows = blocks * ROWS
