@@ -19,6 +19,7 @@ from pallas_kernels.xla import attention as xla_attention
 from pallas_kernels.xla import fp8_gemm as xla_fp8_gemm
 from pallas_kernels.xla import gemm as xla_gemm
 from pallas_kernels.xla import grouped_gemm as xla_grouped_gemm
+from pallas_kernels.xla import mla_decode as xla_mla_decode
 
 _log = logging.getLogger(__name__)
 
@@ -251,4 +252,32 @@ def fp8_grouped_wgrad(x_MK: Scaled, dy_MN: Scaled, group_m: jax.Array, used: jax
   return _dispatch("fp8_grouped_wgrad", impl, {
       "pallas": lambda: mosaic.grouped_wgrad(x_MK, dy_MN, group_m, used, groups, interval, impl),
       **{name: functools.partial(dequantized, name) for name in ("xla", "ragged_dot", "reference")},
+  }, auto=("pallas", "xla"))
+
+
+def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, scale: float,
+               pages_BN: jax.Array | None = None, kv_rank: int = 512, return_lse: bool = False,
+               impl: str = "auto") -> jax.Array | tuple[jax.Array, jax.Array]:
+  """Absorbed attention of the newest T tokens over what MLA caches of a sequence.
+
+  Args:
+    q_BTHZ: queries folded with the key up-projection (C), then their rotary part.
+    cache: [B, S, Z], or with `pages_BN` a pool [pages, page size, Z]; or int32 records
+      (`encode_record`) in place of Z numbers.
+    lengths_B: int32, tokens of each sequence, the T new ones included; 0 gives zeros.
+    scale: factor on the scores.
+    pages_BN: int32, each sequence's pages in order; anything beyond its length.
+    kv_rank: C.
+    return_lse: also return the log-sum-exp, fp32 [B, T, H].
+    impl: auto, pallas (512 + 64 numbers, pages of 64), xla, reference.
+
+  Returns:
+    [B, T, H, C] in the dtype of the queries.
+  """
+  args = (q_BTHZ, cache, lengths_B)
+  kwargs = dict(scale=scale, pages_BN=pages_BN, kv_rank=kv_rank, return_lse=return_lse)
+  return _dispatch("mla_decode", impl, {
+      "pallas": lambda: mosaic.mla_decode(*args, **kwargs, impl=impl),
+      "xla": lambda: xla_mla_decode.mla_decode(*args, **kwargs),
+      "reference": lambda: reference.mla_decode(*args, **kwargs),
   }, auto=("pallas", "xla"))

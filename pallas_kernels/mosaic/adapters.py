@@ -36,7 +36,7 @@ def _how(impl: str) -> dict:
   if impl == "pallas" and jax.default_backend() == "cpu":
     from pallas_kernels.mosaic import compat
     return dict(num_sms=2, interpret=compat.InterpretParams())
-  raise NotImplementedError("FP8 kernels need a Hopper GPU (compute capability 9.0)")
+  raise NotImplementedError("kernels need a Hopper GPU (compute capability 9.0)")
 
 
 def _need(x: Scaled, tile: tuple[int, int], what: str) -> None:
@@ -205,3 +205,13 @@ def _blocks(x_MK: Scaled, group_m: jax.Array) -> None:
   if x_MK.codes.shape[0] != BLOCK * group_m.shape[0]:
     raise NotImplementedError(f"{x_MK.codes.shape[0]} rows in {group_m.shape[0]} blocks; kernels "
                               f"take blocks of {BLOCK}")
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def mla_decode(*args, impl: str, **kwargs):
+  """See `pallas_kernels.reference.mla_decode`."""
+  how = _how(impl)
+  from pallas_kernels.mosaic import mla_decode as kernels
+  return kernels.mla_decode(*args, **kwargs, **how)
