@@ -172,8 +172,9 @@ def route(expert_PA: jax.Array, gate_PA: jax.Array, experts: int, block: int, se
   needed = lax.pmax(jnp.stack([*needed, most]), settings.axes)
   made = Route(tuple(steps), planned, local_ZA, gate_ZA, e, settings.wire, turn is None)
   # Named as what arrives, so that a remat policy keeps both and the backward pass asks nobody.
-  made = jax.tree.map(lambda x: checkpoint_name(x, "dispatched"), made)
-  return made, jnp.maximum(needed, 1), sum([*waiting, left])
+  made, needed = jax.tree.map(lambda x: checkpoint_name(x, "dispatched"),
+                              (made, jnp.maximum(needed, 1)))
+  return made, needed, sum([*waiting, left])
 
 
 # --- with derivatives ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax import config
 from dsv3_jax.fp8 import quantize, recipe, weights
 from dsv3_jax.fp8.qtensor import QTensor
-from dsv3_jax.model import moe
+from dsv3_jax.model import moe, remat
 from dsv3_jax.parallel import payload
 from dsv3_jax.parallel.dispatch import Settings
 from pallas_kernels import vma
@@ -133,9 +133,46 @@ def test_formats_are_given_once():
 
 
 @pytest.mark.parametrize("changes", [
-    {"recipe": "per_tensor_current"}, {"recipe": "per_tensor_delayed"}, {"recipe": "block_gradients"}, {"recipe": "bf16"}])
+    {"recipe": "per_tensor_current"}, {"recipe": "per_tensor_delayed"},
+    {"recipe": "block_gradients"}, {"recipe": "bf16"}])
 def test_every_recipe_passes_the_check(changes):
   """Law: traces under check_vma=True, in both kinds of buffers."""
   for factor in (0.0, 0.5):
     y, dx, _, _ = jax.eval_shape(apart((2, 4), Settings(factor=factor), **changes), PARAMS, X, DY)
     assert y.shape == dx.shape == SHAPE
+
+
+def messages(jaxpr):
+  """All-to-alls of a traced program, but those of further rounds."""
+  found = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "while":
+      continue
+    found += eqn.primitive.name == "all_to_all"
+    for value in eqn.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        found += messages(inner) if hasattr(inner, "eqns") else 0
+  return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"recipe": "v3"}])
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_the_reports_remat_sends_nothing_twice(changes, factor):
+  """Oracle: by hand; two hops, each with a plan, and a message each way, forward and backward."""
+  call = moe.MoECall(axes=AXES, recipe=resolve(**changes), expert=Settings(factor=factor))
+
+  def run(params, x, dy):
+    def step(layer, x, _):
+      return x + layer(x, call)[0], None  # as in a block
+
+    def forward(params, x):
+      layer = nnx.merge(GRAPHDEF, params, BUFFERS)
+      return remat.wrap_step(step, "report")(layer, x, None)[0]
+
+    params = jax.tree.map(lambda p: vma.match(p, x), params)
+    return jax.vjp(forward, params, x)[1](dy)[1]
+
+  mapped = jax.shard_map(run, mesh=mesh_of((2, 4)), in_specs=(SPECS, CUT, CUT), out_specs=CUT)
+  found = messages(jax.make_jaxpr(mapped)(PARAMS, X, DY).jaxpr)
+  assert found == 2 * (1 + 2 + 2 + 1)  # plan; forward; backward; gradients of routing weights
