@@ -1,0 +1,42 @@
+"""The executor on a chain of small layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.parallel.schedules import make
+from tests import quick
+from tests.parallel import chain
+
+
+@functools.cache
+def expected(stages, microbatches):
+  own, shared = chain.weights(stages)
+  fixed_S = jnp.linspace(1, 2, stages)
+
+  def total(own, shared):
+    objectives, sums = jax.vmap(chain.reference, (None, None, None, 0))(
+        own, shared, fixed_S, chain.batch(microbatches))
+    return objectives.sum(), sums.sum(0)
+
+  (objective, sums_S), grads = quick.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(
+      own, shared)
+  return objective, *grads, sums_S
+
+
+@pytest.mark.parametrize("name, ranks, microbatches, unit", [
+    ("gpipe", 4, 5, False), ("1f1b", 4, 5, True), ("1f1b", 2, 3, False), ("zb1p", 4, 7, False),
+    ("zb1p", 1, 2, False), ("dualpipe", 2, 6, False), ("dualpipe", 4, 10, False),
+    ("dualpipe_v", 2, 5, False), ("dualpipe_v", 4, 9, False)])
+def test_gradients(name, ranks, microbatches, unit):
+  """Oracle: jax.grad of the chain on one device."""
+  plan = make(name, ranks, microbatches)
+  own, shared = chain.weights(plan.stages)
+  found = chain.gradients(plan, own, shared, jnp.linspace(1, 2, plan.stages),
+                          chain.batch(microbatches), unit)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected(plan.stages, microbatches)),
+                  strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
