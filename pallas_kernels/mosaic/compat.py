@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import vma
+
 try:
   InterpretParams = plgpu.InterpretGPUParams
 except AttributeError:  # jax 0.10.2
@@ -35,7 +37,13 @@ def kernel(body, *, interpret: Interpret = False, reduction_scratch_bytes: int |
                                 approx_math=approx_math, **more)
   if interpret:
     kwargs["interpret"] = InterpretParams(detect_races=True) if interpret is True else interpret
-  return plgpu.kernel(body, compiler_params=params, **kwargs)
+  call = plgpu.kernel(body, compiler_params=params, **kwargs)
+
+  def run(*operands):
+    # Under shard_map results vary over the mesh axes that operands do, which pallas does not see.
+    return jax.tree.map(lambda y: vma.match(y, *operands), call(*operands))
+
+  return run
 
 
 def transforms(dtype, minor: int) -> tuple:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from dsv3_jax import config, ops
 from dsv3_jax.fp8 import linear, weights
@@ -22,6 +23,7 @@ from pallas_kernels.mosaic import compat
 pytestmark = pytest.mark.timeout(300)  # the interpreter may hang where it fails
 
 D = F = 128
+CUT = PartitionSpec("data")
 
 
 def recipe(impl, name="v3"):
@@ -94,6 +96,35 @@ def test_a_moe_layer(monkeypatch):
   # XLA's SwiGLU rounds to bf16, half a percent, which moves one code in fifteen: 2e-4. FP8 itself
   # is 7e-4 from the truth.
   compare(run, params, x, dy, limit=5e-4)
+
+
+def sharded(local, devices, specs_in, specs_out):
+  mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,),
+                       devices=jax.devices()[:devices])
+  return jax.shard_map(local, mesh=mesh, in_specs=specs_in, out_specs=specs_out, check_vma=True)
+
+
+def test_types_inside_shard_map():
+  """Law: values of a layer and its gradients vary over the mesh axis that tokens are cut over."""
+  def local(x, w, dy):
+    def layer(x, w):
+      return linear.linear(x, (jax.lax.pcast(w, "data", to="varying"),), recipe("pallas"))[0]
+
+    y, pull = jax.vjp(layer, x, w)
+    return y, *pull(dy)
+
+  run = sharded(local, 2, (CUT, PartitionSpec(), CUT), (CUT, CUT, PartitionSpec()))
+  x, w = jnp.ones((16, D), jnp.bfloat16), jnp.ones((D, D))
+  assert [z.shape for z in jax.eval_shape(run, x, w, x)] == [(16, D), (16, D), (D, D)]
+
+
+def test_inside_shard_map():
+  """Oracle: the XLA path. On one device: the interpreter's state is that of all devices."""
+  r = recipe("xla")
+  x, w = weights.hold(draw(128, D), r.fprop_x, 1e-4), weights.hold(draw(D, D), r.fprop_w, 1e-4)
+  run = sharded(lambda x, w: linear.gemm(x, w, recipe("pallas")), 1, (CUT, PartitionSpec()), CUT)
+  want = linear.gemm(x, w, r)
+  np.testing.assert_allclose(jax.jit(run)(x, w), want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 def test_what_kernels_do_not_take():
