@@ -99,7 +99,10 @@ def run(step: Step, path: pathlib.Path, work: pathlib.Path, budget_s: float, dry
     raise
   if code:
     status = "failed"
-  tee.wait()
+  try:
+    tee.wait(GRACE_S)
+  except subprocess.TimeoutExpired:  # something that left the session holds the output open
+    tee.kill()
   try:
     result = json.loads(path.read_text())
   except (OSError, ValueError):

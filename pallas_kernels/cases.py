@@ -62,9 +62,9 @@ def dimensions(shape: shapes.Gemm) -> tuple[int, int, int]:
   return (m if shape.kind == "masked" else g * m), n, k
 
 
-def arguments(shape: shapes.Gemm) -> tuple:
+def arguments(shape: shapes.Gemm, dtype=None) -> tuple:
   """kind, M, N, K, G, dtype of the result: what the functions on configurations take."""
-  return shape.kind, *dimensions(shape), shape.groups, out_dtype(shape.kind)
+  return shape.kind, *dimensions(shape), shape.groups, dtype or out_dtype(shape.kind)
 
 
 def _codes(key: jax.Array, size: tuple[int, ...]) -> jax.Array:
@@ -101,12 +101,15 @@ def gemm_operands(shape: shapes.Gemm, key: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def gemm_call(shape: shapes.Gemm, config: GemmConfig | None = None, num_sms: int = SMS,
-              interpret: compat.Interpret = False) -> Callable:
-  """The kernel as a function of `gemm_operands`; the heuristic's configuration where None."""
+              interpret: compat.Interpret = False, **options) -> Callable:
+  """The kernel as a function of `gemm_operands`; the heuristic's configuration where None.
+
+  Further `options` go to the kernel.
+  """
   function = {"dense": gemm.gemm, "wgrad": gemm.wgrad, "grouped": gemm.grouped_gemm,
               "masked": gemm.masked_gemm, "grouped_wgrad": gemm.grouped_wgrad}[shape.kind]
-  more = {} if one_d(shape.kind) else {"out_dtype": jnp.bfloat16}
-  return lambda *args: function(*args, config=config, num_sms=num_sms, interpret=interpret, **more)
+  return lambda *args: function(*args, config=config, num_sms=num_sms, interpret=interpret,
+                                **options)
 
 
 def gemm_case(shape: shapes.Gemm, config: GemmConfig | None = None) -> Case:
