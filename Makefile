@@ -1,5 +1,6 @@
 # make train   train the tiny model to its end on a CPU (about five minutes) and write its report
 # make test    lint, layering and the test suite
+# make test-kernels   the kernels' tests alone (PYTHON=python3.12 VENV=.venv312 takes jax 0.11)
 # make bench   ours, peer and ratio of every benchmark
 # make sass    compile the GPU kernels without a GPU, and fail on register spills
 # make gpu     everything that wants a Hopper GPU, unattended, in under 25 minutes
@@ -20,12 +21,13 @@ BIN := $(VENV)/bin
 MADE := $(VENV)/.created
 BASE := $(VENV)/.installed
 FULL := $(VENV)/.installed-test
+BARE := $(VENV)/.installed-pytest
 GPU := $(VENV)/.installed-gpu
 # In a folder apart: a CUDA plugin without its libraries makes every start of jax complain.
 SASS := $(VENV)/sass
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint sass gpu clean
+.PHONY: help train test test-kernels bench lint sass gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -43,6 +45,10 @@ $(BASE): $(MADE) setup.cfg pyproject.toml
 
 $(FULL): $(MADE) setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $(BASE) $@
+
+$(BARE): $(MADE) setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[pytest]'
 	@touch $(BASE) $@
 
 $(GPU): $(MADE) setup.cfg pyproject.toml
@@ -66,6 +72,9 @@ lint: $(FULL)
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(ARGS)
 
+test-kernels: $(BARE)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/kernels $(ARGS)
+
 bench: $(FULL)
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -76,5 +85,5 @@ gpu: $(if $(GPU_PYTHON),,$(if $(findstring --dry,$(ARGS)),$(BASE),$(GPU)))
 	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv312 $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
