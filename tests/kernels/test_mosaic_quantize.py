@@ -85,8 +85,8 @@ def transposed(codes, scales):
 # --- each kernel --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("dtype, pow2", [("bfloat16", False), ("bfloat16", True),
+                                         ("float32", False)])
 def test_rows(rng, dtype, pow2):
   """Oracle: numpy float64; four tiles a CTA of the bf16 kernel, more than its ring holds."""
   x = matrix(rng, 512, 256, dtype=dtype)
@@ -164,8 +164,7 @@ def test_quotients_next_to_ties(rng):
   assert_same(run(quantize.rows, jnp.asarray(x)), (codes, scales.T.copy()))
 
 
-@pytest.mark.parametrize("pow2", [False, True])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad, pow2", [(np.nan, True), (np.inf, False), (-np.inf, True)])
 def test_what_is_not_finite_is_not_hidden(rng, bad, pow2):
   """Law: the tiles that hold it, and no others, have scales that are not finite."""
   x = matrix(rng, 128, 256).at[17, 200].set(bad)
@@ -187,7 +186,7 @@ def test_the_number_of_sms_changes_nothing(rng):
 
 
 @tails
-@pytest.mark.parametrize("M, K", [(1, 32), (77, 160), (200, 192)])
+@pytest.mark.parametrize("M, K", [(1, 32), (205, 160)])
 def test_ragged_edges(rng, M, K):
   """Oracle: `dsv3_jax.fp8.quantize`; `columns` fills its tokens up to whole tiles with zeros."""
   x = jnp.asarray(rng.normal(size=(M, K)), jnp.bfloat16)
