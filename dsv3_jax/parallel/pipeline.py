@@ -44,7 +44,7 @@ from jax import lax
 
 from dsv3_jax.parallel import sharding
 from dsv3_jax.parallel.schedules.tables import Opcode, Tables
-from dsv3_jax.parallel.split import Array, Split, array, split
+from dsv3_jax.parallel.split import Array, Split, split
 
 
 class Result(NamedTuple):

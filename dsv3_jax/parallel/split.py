@@ -4,7 +4,7 @@ Schedules with little bubble run the two at different times (Zero Bubble paper; 
 taking `jax.vjp` twice, once for each, would repeat the chain of gradients through the stage. Here
 the pass is traced once and its operations are shared out:
 
-    forward           F   (weights, x) -> y, and what the backward pass needs of it: keeps_i, keeps_w
+    forward           F   (weights, x) -> y, and what the backward needs: keeps_i and keeps_w
     backward_input    I   (keeps_i, keeps_w, dy) -> dx, the cheap gradients, and `crossing`
     backward_weights  W   (keeps_w, crossing) -> the gradients that cost a matmul
 
