@@ -1,0 +1,269 @@
+"""The model cut into stages of a pipeline, as functions of arrays (`parallel/pipeline.py`).
+
+A stage holds consecutive layers. The first one takes the tokens' embedding for its input; the last
+one ends in the final norm, the MTP modules, the head and the losses. Balance losses arise where
+their layers are and are part of the objective there. Stages need not hold equally many layers, nor
+any: a `Kind` says what a stage computes, and the arrays of all stages have room (slots) for the
+layers of the largest.
+
+Embedding, final norm, head and MTP modules are `shared` parameters: embedding and head are read on
+both ends, and so each rank has them. The layers of a slot come from the stacks that a checkpoint
+holds (`take`), and their gradients go back there (`put`), so that what is trained has the same form
+under every schedule and on every mesh.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax import config
+from dsv3_jax.fp8.recipe import resolve
+from dsv3_jax.model import cross_entropy, layers, remat, rope
+from dsv3_jax.model import loss as loss_lib
+from dsv3_jax.model.block import Block, BlockCall
+from dsv3_jax.model.moe import MoECall
+from dsv3_jax.model.mtp import MTPModule
+from dsv3_jax.model.routing import RouterBias
+from dsv3_jax.model.transformer import shift
+from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel.pipeline import Result
+from dsv3_jax.parallel.schedules.ops import Route
+
+STACKS = ("dense", "moe")  # in the order of the layers
+
+
+class Kind(NamedTuple):
+  """What a stage computes: so many dense and MoE layers, and the end if it is the last."""
+
+  dense: int
+  moe: int
+  last: bool
+
+
+def cut(cfg: config.Model, stages: int, layers: Sequence[int] | None = None) -> tuple[Kind, ...]:
+  """The stages' kinds.
+
+  Args:
+    cfg: the model.
+    stages: how many.
+    layers: of each stage; None: evenly, an MTP module counting as a layer of the last stage, and
+      earlier stages having one more where they do not come out even.
+
+  Raises:
+    ValueError: `layers` does not fit the stages or the model.
+  """
+  if layers is None:
+    each, more = divmod(cfg.layers + cfg.mtp_depth, stages)
+    layers = [each + (s < more) for s in range(stages)]
+    layers[-1] -= cfg.mtp_depth
+    for s in reversed(range(1, stages)):  # MTP alone may be more than a share
+      if layers[s] < 0:
+        layers[s - 1] += layers[s]
+        layers[s] = 0
+  if len(layers) != stages or sum(layers) != cfg.layers or min(layers) < 0:
+    raise ValueError(f"layers={list(layers)} must be {stages} numbers, one a stage, that add up to "
+                     f"the model's {cfg.layers} layers")
+  ends = np.cumsum(layers)
+  dense = [int(np.clip(cfg.dense_layers - (end - n), 0, n))
+           for end, n in zip(ends, layers, strict=True)]
+  return tuple(Kind(d, int(n) - d, s == stages - 1)
+               for s, (d, n) in enumerate(zip(dense, layers, strict=True)))
+
+
+def slots(kinds: Sequence[Kind], routes: Sequence[Route]) -> dict[str, np.ndarray]:
+  """Where layers lie: stack -> [slots, R, C] number of the layer in its stack, -1 where none.
+
+  Args:
+    kinds: of the stages.
+    routes: of the schedule, direction -> stage -> (rank, chunk).
+  """
+  places = [place for route in routes for place in route]
+  ranks, chunks = (1 + max(axis) for axis in zip(*places))
+  found = {}
+  for stack in STACKS:
+    counts = [getattr(kind, stack) for kind in kinds]
+    firsts = np.cumsum([0, *counts])
+    found[stack] = np.full((max(counts), ranks, chunks), -1)
+    for route in routes:
+      for stage, (rank, chunk) in enumerate(route):
+        found[stack][:counts[stage], rank, chunk] = firsts[stage] + np.arange(counts[stage])
+  return found
+
+
+def take(stacks: dict[str, Any], where: dict[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+  """Layers from their stacks, leaves [L, ...], into slots: a tuple of trees, leaves [R, C, ...].
+
+  A slot without a layer holds some other layer, which no stage reads.
+  """
+  return {stack: tuple(jax.tree.map(lambda a, n=n: a[np.maximum(n, 0)], stacks.get(stack, {}))
+                       for n in numbers) for stack, numbers in where.items()}
+
+
+def put(in_slots: dict[str, tuple[Any, ...]], where: dict[str, np.ndarray]) -> dict[str, Any]:
+  """The reverse for gradients and statistics: a layer's values, summed where it lies twice."""
+  def back(numbers):
+    flat = numbers.reshape(-1)
+    used = np.flatnonzero(flat >= 0)
+
+    def leaf(*slots):
+      rows = jnp.stack(slots).reshape(flat.size, *slots[0].shape[2:])[used]
+      zeros = jnp.zeros((flat.max() + 1, *rows.shape[1:]), rows.dtype)
+      return zeros.at[flat[used]].add(rows)
+
+    return leaf
+
+  return {stack: jax.tree.map(back(where[stack]), *trees)
+          for stack, trees in in_slots.items() if trees}
+
+
+def shared(params: dict[str, Any]) -> dict[str, Any]:
+  """The parameters that lie on every rank."""
+  return {name: value for name, value in params.items() if name not in STACKS}
+
+
+class Stages:
+  """The stages' functions for one step. All arrays that it holds are constants of the step.
+
+  Args:
+    cfg: the model.
+    weights: of the balance losses.
+    runtime: dtypes and implementations; no recipe.
+    slots: MoE layers for which each stage's statistics have room.
+    mtp_buffers: router biases of the MTP modules, leaves [K, ...]; None without MTP.
+    mtp_weight, denominator, share: see `loss.loss_fn`.
+    axes: mesh axes that shard the batch.
+  """
+
+  def __init__(self, cfg: config.Model, weights: config.Loss, runtime: config.Runtime, *,
+               slots: int, mtp_buffers: Any, mtp_weight: Any, denominator: Any, share: Any,
+               axes: tuple[str, ...] = ()):
+    self.cfg, self.weights, self.runtime, self.slots = cfg, weights, runtime, slots
+    self.mtp_buffers, self.mtp_weight, self.axes = mtp_buffers, mtp_weight, axes
+    self.denominator, self.share = denominator, share
+    if resolve(runtime) is not None:
+      raise ValueError(f"runtime.recipe={runtime.recipe}: the pipeline has no FP8 recipes yet; use "
+                       "none")
+    graph = lambda make: nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param,
+                                   RouterBias)[0]
+    self._block = {stack: graph(lambda rngs, s=stack: Block(cfg, moe=s == "moe", rngs=rngs))
+                   for stack in STACKS}
+    self._mtp = graph(lambda rngs: MTPModule(cfg, rngs=rngs))
+
+  def enter(self, shared: dict[str, Any], data: dict[str, jax.Array]) -> jax.Array:
+    """Input of the first stage, [B, T, D], of tokens [B, T + 1]."""
+    return self._embed(shared, data["tokens"][:, :-1])
+
+  def _embed(self, shared, tokens):
+    return jnp.take(shared["embedding_VD"], tokens, axis=0).astype(self.runtime.compute_dtype)
+
+  def functions(self, kinds: Sequence[Kind]) -> dict[Kind, Callable]:
+    """Kind -> (own, shared, fixed, data, x) -> Result, as `pipeline.run` takes them."""
+    return {kind: functools.partial(self._stage, kind) for kind in set(kinds)}
+
+  def _call(self, data: dict[str, jax.Array]) -> BlockCall:
+    B, T = data["tokens"].shape[0], data["tokens"].shape[1] - 1
+    segments_BT = data["segments"][:, :T] if "segments" in data else None
+    positions_BT = (jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+                    if segments_BT is None else rope.positions_from_segments(segments_BT))
+    cos, sin = rope.rope_table(self.cfg.attention, positions_BT)
+    valid_BT = loss_lib.not_padding(data)[:, :T]
+    moe = MoECall(valid_BT, self.weights, self.axes, self.runtime.gemm)
+    return BlockCall(cos, sin, segments_BT, moe, self.runtime)
+
+  def _stage(self, kind: Kind, own: Any, shared: Any, fixed: Any, data: dict[str, jax.Array],
+             x_BTD: jax.Array) -> Result:
+    call, found = self._call(data), []
+    step = remat.wrap_step(lambda block, x_BTD, _: block(x_BTD, call), self.runtime.remat)
+    for stack in STACKS:
+      for slot in range(getattr(kind, stack)):
+        block = nnx.merge(self._block[stack], own[stack][slot], fixed[stack][slot])
+        x_BTD, stats = step(block, x_BTD, None)
+        found += [stats] if stats is not None else []
+    E, K = self.cfg.moe.experts, self.cfg.mtp_depth
+    counts = [s.counts_E for s in found] + [jnp.zeros(E)] * (self.slots - len(found))
+    zero = jnp.zeros(())
+    stats = {"loss_sum": zero, "mtp_loss_sum": jnp.zeros(K), "tokens": zero,
+             "mtp_tokens": jnp.zeros(K), "correct": zero, "counts": tuple(counts),
+             "mtp_counts_KE": jnp.zeros((K, E))}
+    objective, y_BTD, early = zero, x_BTD, {}
+    if kind.last:
+      y_BTD, (objective, ended, early, more) = None, self._end(shared, data, x_BTD, call)
+      stats |= ended
+      found += more
+    for name, field in loss_lib.BALANCES.items():
+      stats[name] = sum((getattr(s, field) for s in found), zero) * self.share
+      objective += getattr(self.weights, field) * stats[name]
+    return Result(y_BTD, objective, jax.lax.stop_gradient(stats), early)
+
+  def _end(self, shared, data, x_BTD, call: BlockCall):
+    """Objective, statistics and head's gradient after the last layer, and MTP's MoEStats."""
+    cfg, K, T = self.cfg, self.cfg.mtp_depth, x_BTD.shape[1]
+    h_BTD = layers.rms_norm(x_BTD, shared["final_norm_D"], cfg.norm_eps)
+    read, stats = [h_BTD], []
+    deep_BTD = h_BTD if cfg.mtp_input == "normed" else x_BTD
+    embedded_BSD = self._embed(shared, data["tokens"]) if K else None
+    unmasked = {name: x for name, x in data.items() if name != "mask"}
+    for k in range(1, K + 1):
+      at_depth = lambda tree, k=k: jax.tree.map(lambda a: a[k - 1], tree)
+      module = nnx.merge(self._mtp, at_depth(shared["mtp"]), at_depth(self.mtp_buffers))
+      depth_call = call._replace(moe=call.moe._replace(valid_BT=loss_lib.targets(unmasked, k)[1]))
+
+      def step(module, deep_BTD, embedded_BTD, depth_call=depth_call):
+        deep_BTD, stats = module(deep_BTD, embedded_BTD, depth_call)
+        return deep_BTD, (module.readout(deep_BTD), stats)
+
+      step = remat.wrap_step(step, self.runtime.remat)
+      deep_BTD, (read_BTD, found) = step(module, deep_BTD, shift(embedded_BSD, k)[:, :T])
+      read.append(read_BTD)
+      stats.append(found)
+    head_DV = shared["head_DV"].astype(x_BTD.dtype)
+    predicted = [loss_lib.targets(data, k) for k in range(K + 1)]
+    objective, head_gradient, sums, corrects = 0.0, 0.0, [], []
+    for k, (h_BTD, (target_BT, weight_BT)) in enumerate(zip(read, predicted, strict=True)):
+      with jax.named_scope("head_loss"):
+        nll, correct, dw_DV = _head_loss(
+            h_BTD.reshape(-1, cfg.dim), head_DV, target_BT.reshape(-1), weight_BT.reshape(-1),
+            self.runtime.head_chunk)
+      share = (self.mtp_weight / K if k else 1.0) / self.denominator
+      objective += share * nll
+      head_gradient += share * dw_DV.astype(jnp.float32)
+      sums.append(nll)
+      corrects.append(correct)
+    ended = {"loss_sum": sums[0], "tokens": predicted[0][1].sum(), "correct": corrects[0]}
+    if K:
+      ended |= {"mtp_loss_sum": jnp.stack(sums[1:]),
+                "mtp_tokens": jnp.stack([w.sum() for _, w in predicted[1:]]),
+                "mtp_counts_KE": jnp.stack([s.counts_E for s in stats])}
+    return objective, ended, {"head_DV": jax.lax.stop_gradient(head_gradient)}, stats
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _head_loss(h_PD, w_DV, target_P, weight_P, chunk):
+  """Cross-entropy, correct predictions, and the gradient by the head.
+
+  The forward makes that gradient anyway. It is a result here, to be added up at once, and not kept
+  for the backward pass, where each micro-batch under way would hold one; the head gets none there.
+  """
+  return _head_loss_fwd(h_PD, w_DV, target_P, weight_P, chunk)[0]
+
+
+def _head_loss_fwd(h_PD, w_DV, target_P, weight_P, chunk):
+  (nll, correct), pull = jax.vjp(
+      lambda h_PD, w_DV: cross_entropy.linear_cross_entropy(h_PD, w_DV, target_P, weight_P, chunk),
+      h_PD, w_DV)
+  one = lambda x, value: sharding.varying(jnp.full((), value, x.dtype), tuple(sharding.varies(x)))
+  dh_PD, dw_DV = pull((one(nll, 1), one(correct, 0)))
+  return (nll, correct, dw_DV), dh_PD
+
+
+def _head_loss_bwd(chunk, dh_PD, cotangents):
+  del chunk
+  return dh_PD * cotangents[0].astype(dh_PD.dtype), None, None, None
+
+
+_head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
