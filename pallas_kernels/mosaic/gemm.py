@@ -245,7 +245,7 @@ def masked_gemm(a_GMK: jax.Array, a_scales_GkM: jax.Array, b_GNK: jax.Array,
 
 
 def masked_tiles(masked_m_G: jax.Array, M: int, tile: int, finite: bool) -> tuple[jax.Array, ...]:
-  """Tables of `gemm_kernel.schedule`: each tile's group and row, how many are in use, and visited.
+  """Tables of `schedule.schedule`: each tile's group and row, how many are in use, and visited.
 
   Tiles with rows in use come first, group by group, then the others.
   """

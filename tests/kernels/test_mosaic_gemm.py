@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic import compat, gemm
+from pallas_kernels.mosaic import compat, gemm, schedule
 from pallas_kernels.mosaic import config as config_lib
 from pallas_kernels.mosaic.config import GemmConfig
 
@@ -190,6 +190,21 @@ def test_grouped(rng, config, N):
   y = call(gemm.grouped_gemm, a, sa, b, sb, np.array(group_m, np.int32), np.int32(used),
            config=config, out_dtype=jnp.float32)
   assert_near(y, expected)
+
+
+def test_pairs_share_weights_within_a_group():
+  """Law: blocks of a cluster copy B together only for one group, and always run the same k.
+
+  The interpreter does not split a shared copy, so it would not notice.
+  """
+  group_m, used, steps = jnp.array([0, 0, 0, 1, 1, 9], jnp.int32), jnp.array([5], jnp.int32), 7
+  plan = schedule.schedule("grouped", GemmConfig(cluster="m"), 6 * 128, 256, steps, 2,
+                           (group_m, used), 2)
+  spots = [plan.spot(jnp.int32(mi), 0, 0) for mi in range(6)]
+  assert [bool(s.shared) for s in spots] == [True, True, False, False, True, True]
+  assert [int(s.last) for s in spots] == [steps] * 6  # the unused block runs with its neighbour
+  assert [bool(s.keep) for s in spots] == [True] * 5 + [False]
+  assert [int(s.b_row) for s in spots] == [0, 0, 0, 256, 256, 256]
 
 
 @pytest.mark.parametrize("config, finite", [
