@@ -231,10 +231,7 @@ def test_masked(rng, config, finite):
 
 @pytest.mark.parametrize("kind", config_lib.KINDS)
 def test_lowers_for_the_device(kind):
-  """Law: what runs here is what the device gets; each kind lowers as the model's shapes choose it.
-
-  The lowering itself checks shared memory.
-  """
+  """Law: each kind lowers for the device too, in the configuration that the model chooses."""
   G, M, N, K = 4, 1024, 7168, 2048
   a, b = (jax.ShapeDtypeStruct((rows, K), jnp.float8_e4m3fn) for rows in (M, N))
   sa, sb = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((K // 128, M), (N // 128, K // 128)))
