@@ -191,7 +191,7 @@ def rehearse(case: Case) -> Line:
 
 def dry_cases() -> list[Case]:
   """One tiny GEMM and one tiny quantizer."""
-  return [cases.gemm_case(shapes.Gemm("dense", 128, 128, 256)),
+  return [cases.gemm_case(shapes.Gemm("dense", 128, 128, 256), cases.TINY),
           cases.quantize_case("rows", 128, 256)]
 
 

@@ -16,6 +16,7 @@ from pallas_kernels.mosaic.config import BLOCK, SMS, GemmConfig, one_d
 from pallas_kernels.xla import mla_decode as xla_mla_decode
 
 E4M3 = jnp.float8_e4m3fn
+TINY = GemmConfig(rows=64, tile_n=64, warpgroups=2, stages=2)  # quick to interpret, on any jax
 
 
 @dataclasses.dataclass(frozen=True)

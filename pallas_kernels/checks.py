@@ -8,6 +8,7 @@ kernel on fresh operands and gives the error. Before a call on the device, memor
 for its result is filled with NaN, so that what a kernel forgets to write shows.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -42,9 +43,9 @@ def poison(size: int) -> None:
 
 def called(function: Callable, *args):
   """The result of a jitted call into poisoned memory."""
-  compiled = jax.jit(function).lower(*args).compile()
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(compiled.out_info))
-  poison(size)
+  lowered = jax.jit(function).lower(*args)
+  compiled = lowered.compile()
+  poison(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(lowered.out_info)))
   return compiled(*args)
 
 

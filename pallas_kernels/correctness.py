@@ -37,15 +37,15 @@ class Check:
 def checks() -> list[Check]:
   """Every kernel; each tile and cluster of the GEMM that a tuner would try on one shape."""
   found = [
-      Check("gemm 128x128x256", make.dense(128, 128, 256), dry=True),
+      Check("gemm 128x128x256", make.dense(128, 128, 256, cases.TINY), dry=True),
       Check("gemm tails 200x328x400", make.dense(200, 328, 400)),
       Check("gemm one row", make.dense(1, 256, 256)),
       Check("gemm 2112 columns, fp32", make.dense(130, 2112, 640, out_dtype=jnp.float32)),
       Check("gemm interval 32", make.dense(256, 256, 512, interval=32)),
-      Check("wgrad 128x128x256", make.wgrad(128, 128, 256), dry=True),
+      Check("wgrad 128x128x256", make.wgrad(128, 128, 256, cases.TINY), dry=True),
       Check("wgrad tails, accumulated", make.wgrad(328, 200, 400, accumulate=True)),
       Check("grouped", make.grouped(8, 24, 384, 512)),
-      Check("grouped, small", make.grouped(2, 3, 128, 128), dry=True),
+      Check("grouped, small", make.grouped(2, 3, 128, 128, cases.TINY), dry=True),
       Check("grouped wgrad", make.grouped_wgrad(6, 16, 256, 384)),
       Check("masked", make.masked(5, 300, 384, 512)),
   ]
