@@ -263,7 +263,7 @@ def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, sca
   Args:
     q_BTHZ: queries folded with the key up-projection (C), then their rotary part.
     cache: [B, S, Z], or with `pages_BN` a pool [pages, page size, Z]; or int32 records
-      (`encode_record`) in place of Z numbers.
+      (`pallas_kernels.latent_cache`) in place of Z numbers.
     lengths_B: int32, tokens of each sequence, the T new ones included; 0 gives zeros.
     scale: factor on the scores.
     pages_BN: int32, each sequence's pages in order; anything beyond its length.
