@@ -95,6 +95,8 @@ def test_law_of_codes_sees_wrong_ones():
   assert checks.code_error(step, scales, exact, 1e-4, False) > 1
   assert checks.code_error(codes, scales * 0.99, exact, 1e-4, False) > 1
   assert checks.code_error(codes, scales, exact, 1e-4, True) > 1  # no powers of two
+  large = (x / (1.5 * scales.T)).astype(jnp.float8_e4m3fn)  # right for a scale that is not
+  assert checks.code_error(large, 1.5 * scales, exact, 1e-4, False) > 1
   bits[3, 5] = 0x7F
   assert checks.code_error(jnp.asarray(bits).view(jnp.float8_e4m3fn), scales, exact, 1e-4,
                            False) > 1
