@@ -60,7 +60,7 @@ def reference(own, shared, fixed_S, data):
 
 
 def places(plan):
-  """Stage of each (rank, chunk), and the inverse: for each stage the flat places that hold it."""
+  """Stage of each rank and chunk."""
   stage_RC = np.zeros((plan.ranks, plan.chunks), int)
   for route in plan.routes:
     for s, (rank, chunk) in enumerate(route):
@@ -68,12 +68,12 @@ def places(plan):
   return stage_RC
 
 
-def gradients(plan, own, shared, fixed_S, data, unit=False, types=None, wrap=quick.jit):
+def gradients(plan, own, shared, fixed_S, data, unit=False, ranks=None, middle=middle,
+              wrap=quick.jit):
   """As `reference` summed over the batch and differentiated, by the executor."""
-  types = types or ["middle"] * (plan.stages - 1) + ["last"]
-  tables = plan.ticks(unit).tables(types)
+  tables = plan.ticks(unit).tables(["middle"] * (plan.stages - 1) + ["last"])
   stage_RC = places(plan)
-  mesh = jax.make_mesh((plan.ranks,), ("pipe",), axis_types=(AxisType.Auto,))
+  mesh = jax.make_mesh((ranks or plan.ranks,), ("pipe",), axis_types=(AxisType.Auto,))
 
   def local(own, shared, fixed, data):
     here = lambda tree: jax.tree.map(lambda a: a[0], tree)

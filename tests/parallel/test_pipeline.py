@@ -40,3 +40,29 @@ def test_gradients(name, ranks, microbatches, unit):
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected(plan.stages, microbatches)),
                   strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", ["zb1p", "dualpipe_v"])
+def test_program_does_not_grow(name):
+  """Law: the program has the same operations for any number of micro-batches."""
+  def lines(microbatches):
+    plan = make(name, 4, microbatches)
+    own, shared = chain.weights(plan.stages)
+    lower = lambda f: lambda *args: jax.jit(f).lower(*args).as_text().count("\n")
+    return chain.gradients(plan, own, shared, jnp.ones(plan.stages), chain.batch(microbatches),
+                           wrap=lower)
+
+  assert lines(8) == lines(40)
+
+
+def test_errors():
+  """Oracle: messages; a mesh of another size, and a stage that changes what passes through."""
+  own, shared = chain.weights(4)
+  run = lambda ranks, made: chain.gradients(
+      make("gpipe", 4, 2), own, shared, jnp.ones(4), chain.batch(2), ranks=ranks, middle=made,
+      wrap=lambda f: functools.partial(jax.eval_shape, f))
+  with pytest.raises(ValueError, match="tables are for 4 ranks, and mesh axis 'pipe' has 2"):
+    run(2, chain.middle)
+  wider = lambda *args: chain.middle(*args)._replace(y=jnp.ones((2, 9)))
+  with pytest.raises(ValueError, match=r"makes float32\[2, 9\] of float32\[2, 8\]"):
+    run(4, wider)
