@@ -10,9 +10,7 @@ takes 64 rows of one sequence and one split of its pages, in three warpgroups: o
     values    by columns: each accumulates 256 of the 512 output columns in registers
 
 Shared memory is full: 72 KB of queries, two pages of 72 KB, 8 KB of weights. So 8-bit records have
-no room to land in: their warpgroup prefetches pages into L2, loads them from there into registers a
-chunk ahead, and writes bf16 to the ring. It unpacks 32-bit words, which puts the latent's columns
-in another order; the queries are brought into the same order, and the output back, outside.
+no room to land in, and come through registers: `mla_records`.
 
 Each split writes its normalised output, row maxima and row sums. XLA combines them: one pass over
 the partial outputs that fuses with the cast and the reordering, where a kernel has nothing to gain.
@@ -29,13 +27,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import latent_cache
-from pallas_kernels.mosaic import compat
+from pallas_kernels.mosaic import compat, mla_records
+from pallas_kernels.mosaic.mla_records import LATENT, PAGE, ROPE, STAGES, spread
 
 ROWS = 64  # queries of a thread block
-PAGE = 64  # tokens
-LATENT, ROPE = latent_cache.CODES, latent_cache.HALVES
 COLUMNS = LATENT // 2  # of the output, a warpgroup
-STAGES = 2
 _FLOOR = -1e30  # below any score, and finite: a row that sees no token has exp2(-inf - _FLOOR) = 0
 # Registers a thread of the producing and the computing warpgroups; 504 in all are there to divide.
 _REGISTERS, _RECORD_REGISTERS = (40, 232), (88, 208)
@@ -55,118 +51,6 @@ def choose_splits(sequences: int, row_blocks: int, pages: int, num_sms: int) -> 
     return waves * (-(-pages // splits) + 5 + (3 if splits > 1 else 0))
 
   return min(range(1, min(pages, max(1, num_sms)) + 1), key=cost)
-
-
-def _reorder(x: jax.Array) -> jax.Array:
-  """Columns in the order in which words of four codes are unpacked: of each 128 all first codes,
-  then all second ones, ..."""
-  *lead, n = x.shape
-  return x.reshape(*lead, n // 128, 32, 4).swapaxes(-1, -2).reshape(x.shape)
-
-
-def _restore(x: jax.Array) -> jax.Array:
-  """The inverse of `_reorder`."""
-  *lead, n = x.shape
-  return x.reshape(*lead, n // 128, 4, 32).swapaxes(-1, -2).reshape(x.shape)
-
-
-def _reorder_query(q: jax.Array) -> jax.Array:
-  *lead, _ = q.shape
-  rope = q[..., LATENT:].reshape(*lead, ROPE // 2, 2).swapaxes(-1, -2).reshape(*lead, ROPE)
-  return jnp.concatenate([_reorder(q[..., :LATENT]), rope], axis=-1)
-
-
-def _rows(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """One value a row, repeated along the columns."""
-  return lax.broadcast_in_dim(vector, shape, [0])
-
-
-def _ring(first, last, step, empty, carry=None) -> None:
-  """`carry = step(i, slot, carry)` for each page, once its slot of the ring is free; drains it."""
-
-  def fill(i, carry):
-    slot = lax.rem(i - first, jnp.int32(STAGES))
-
-    @pl.when(i >= first + STAGES)
-    def _():
-      plgpu.barrier_wait(empty.at[slot])
-
-    return step(i, slot, carry)
-
-  lax.fori_loop(first, last, fill, carry)
-
-  for back in range(STAGES, 0, -1):
-
-    @pl.when(last - first >= back)
-    def _(back=back):
-      plgpu.barrier_wait(empty.at[lax.rem(last - first - back, jnp.int32(STAGES))])
-
-
-def _unpack(words: jax.Array, code: int) -> jax.Array:
-  """Code 0 to 3 of each word, as fp32."""
-  byte = lax.shift_right_logical(words, jnp.full_like(words, 8 * code)) if code else words
-  return lax.bitcast_convert_type(byte.astype(jnp.int8), jnp.float8_e4m3fn).astype(jnp.float32)
-
-
-def _half(words: jax.Array, high: bool) -> jax.Array:
-  """The low or high bfloat16 of each word."""
-  bits = words & -65536 if high else lax.shift_left(words, jnp.full_like(words, 16))
-  return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
-
-
-def _produce_records(cache_g, page_of, first, last, length, k_s, full, empty, interpret) -> None:
-  """Fills the ring from records: global memory -> registers -> bf16 in shared memory."""
-  words = latent_cache.TILE // 4  # that share a scale; 32, and so many of the rotary key
-  scales = LATENT // latent_cache.TILE
-
-  def load(index, layout=_WGMMA):
-    return compat.load(cache_g, index, layout, interpret, optimized=False)
-
-  def chunk_of(page, chunk):
-    """Words of a scale of the latent, the last chunk those of the rotary key."""
-    start = chunk * words + (latent_cache.SCALES if chunk == scales else 0)
-    return load((page, slice(None), pl.ds(start, words)))
-
-  token = compat.iota((PAGE, words), 0, _WGMMA, interpret)
-
-  def write(page, count, slot, chunk, codes):
-    """A chunk of the latent, zeros from the sequence's end on: what is there may be anything."""
-    scale = load((page, slice(None), scales * words + chunk), _WGMMA.reduce(1))
-    exists = token < count
-    codes, scale = (jnp.where(exists, x, jnp.zeros_like(x))
-                    for x in (codes, _rows(scale, codes.shape)))
-    scale = lax.bitcast_convert_type(scale, jnp.float32)
-    for code in range(4):
-      columns = pl.ds((4 * chunk + code) * words, words)
-      k_s[slot, :, columns] = (_unpack(codes, code) * scale).astype(jnp.bfloat16)
-
-  def prefetch(i):
-    """Number of page i, or of the last; its records start on their way into L2."""
-    page = page_of(jnp.minimum(i, last - 1))
-    if not interpret:  # jax 0.10.2's interpreter does not know it
-      plgpu.async_prefetch(cache_g.at[page])
-    return page
-
-  def step(i, slot, carry):
-    """Writes page i, whose first chunk is here; returns that of the next page."""
-    page, next_page, codes = carry
-    far_page = prefetch(i + 2)
-    for chunk in range(scales):
-      following = chunk_of(page, chunk + 1)
-      write(page, length - i * PAGE, slot, chunk, codes)
-      codes = following
-    following = chunk_of(next_page, 0)
-    for high in range(2):
-      columns = pl.ds(LATENT + high * words, words)
-      k_s[slot, :, columns] = _half(codes, bool(high))
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(full.at[slot])
-    return next_page, far_page, following
-
-  @pl.when(first < last)
-  def _():
-    page, next_page = prefetch(first), prefetch(first + 1)
-    _ring(first, last, step, empty, (page, next_page, chunk_of(page, 0)))
 
 
 def _kernel(q_g, cache_g, pages_g, lengths_g, o_g, stats_g, *, scale, heads, tokens, splits,
@@ -190,9 +74,9 @@ def _kernel(q_g, cache_g, pages_g, lengths_g, o_g, stats_g, *, scale, heads, tok
     plgpu.copy_gmem_to_smem(q_g.at[b, rows, pl.ds(0, LATENT)], q_s, q_ready)
     plgpu.copy_gmem_to_smem(q_g.at[b, rows, pl.ds(LATENT, ROPE)], q_rope_s, q_ready)
     if records:
-      _produce_records(cache_g, page_of, first, last, length, k_s, full, empty, interpret)
+      mla_records.produce(cache_g, page_of, first, last, length, k_s, full, empty, interpret)
     else:
-      _ring(first, last, lambda i, slot, _: plgpu.copy_gmem_to_smem(
+      mla_records.ring(first, last, lambda i, slot, _: plgpu.copy_gmem_to_smem(
           cache_g.at[page_of(i)], k_s.at[slot], full.at[slot]), empty)
 
   @pl.when(wg < 2)
@@ -239,13 +123,13 @@ def _kernel(q_g, cache_g, pages_g, lengths_g, o_g, stats_g, *, scale, heads, tok
         highest = jnp.maximum(
             highest, compat.load(stats_s, (other, 0), _WGMMA.reduce(1), interpret))
       shrink = jnp.exp2(top - highest)
-      p = jnp.exp2(s - _rows(highest, s.shape))
+      p = jnp.exp2(s - spread(highest, s.shape))
       total = total * shrink + jnp.sum(p, axis=1)
       compat.store_transposed(p_s.at[tokens_here], p.astype(jnp.bfloat16), interpret)
       plgpu.commit_smem()
       plgpu.barrier_arrive(weighed)
       plgpu.barrier_wait(weighed)
-      o = compat.accumulate_tn(o * _rows(shrink, o.shape), p_s, k_s.at[slot, :, columns_here],
+      o = compat.accumulate_tn(o * spread(shrink, o.shape), p_s, k_s.at[slot, :, columns_here],
                                interpret)
       compat.release(empty.at[slot], interpret)
       return count + 1, o, highest, total
@@ -261,7 +145,7 @@ def _kernel(q_g, cache_g, pages_g, lengths_g, o_g, stats_g, *, scale, heads, tok
     plgpu.barrier_arrive(exchanged)
     plgpu.barrier_wait(exchanged)
     total = sum(compat.load(stats_s, (w, 1), _WGMMA.reduce(1), interpret) for w in range(2))
-    o = o * _rows(1 / jnp.where(total > 0, total, 1.0), o.shape)
+    o = o * spread(1 / jnp.where(total > 0, total, 1.0), o.shape)
     if splits == 1:
       q_s[:, columns_here] = o.astype(jnp.bfloat16)  # the queries have been read
     else:
@@ -347,7 +231,7 @@ def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, sca
 
   q_BMZ = jnp.pad(q_BTHZ.reshape(B, T * H, Z), ((0, 0), (0, pad), (0, 0)))
   if records:
-    q_BMZ = _reorder_query(q_BMZ)
+    q_BMZ = mla_records.reorder_query(q_BMZ)
   bf16, f32 = jnp.bfloat16, jnp.float32
   # Records are unpacked in chunks of 32 columns; all operands of the tensor core share one tiling.
   tile = compat.transforms(bf16, 32 if records else 64)
@@ -374,6 +258,6 @@ def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, sca
   )(q_BMZ, cache, pages_BN, lengths_B)
 
   o_BMC, lse_BM = _combine(o_sBMC, stats_sBkM)
-  o_BMC = _restore(o_BMC) if records else o_BMC
+  o_BMC = mla_records.restore(o_BMC) if records else o_BMC
   o_BTHC = o_BMC[:, :T * H].astype(q_BTHZ.dtype).reshape(B, T, H, LATENT)
   return (o_BTHC, lse_BM[:, :T * H].reshape(B, T, H)) if return_lse else o_BTHC
