@@ -170,12 +170,18 @@ def real(shape: shapes.Gemm) -> Callable:
 # --- quantizers ---------------------------------------------------------------------------------
 
 
+def _half_step(exact: np.ndarray, scale: np.ndarray) -> np.ndarray:
+  """How far e4m3 codes may lie from these values, which may be off by a part in 2^15 themselves."""
+  exponent = np.floor(np.log2(np.maximum(np.abs(exact / scale), 2.0**-6)))
+  return scale * 2.0 ** (exponent - 4) + np.abs(exact) * 2.0**-15
+
+
 def code_error(codes: jax.Array, scales: jax.Array, exact: np.ndarray, floor: float, pow2: bool
                ) -> float:
   """How far 1x128 codes and scales are from right, 0 to 1 where they are right.
 
-  Law: a scale is amax / 448 (or the next power of two), and a code the nearest: within 1/16 of its
-  value, or half a subnormal step. The exact values may themselves be off by a part in 2^16.
+  Law: a scale is amax / 448 (or the next power of two), and a code the nearest: half a step off at
+  most.
 
   Args:
     codes: [m, k]. scales: [ceil(k / 128), m]. exact: float64 [m, k].
@@ -194,8 +200,7 @@ def code_error(codes: jax.Array, scales: jax.Array, exact: np.ndarray, floor: fl
     ok = np.abs(scale / right - 1) < 2.0**-16
   spread = np.repeat(scale, BLOCK, axis=1)[:, :k]
   off = np.abs(np.asarray(codes).astype(np.float64) * spread - exact)
-  allowed = np.maximum(np.abs(exact) / 16, spread * 2.0**-10) + np.abs(exact) * 2.0**-15
-  worst = (off / np.maximum(allowed, 1e-300)).max()
+  worst = (off / _half_step(exact, spread)).max()
   return float(worst) if ok.all() and np.isfinite(worst) else float("inf")
 
 
@@ -254,8 +259,7 @@ def weights(G: int, K: int, N: int, pow2: bool) -> Callable:
       fits = (0.9999 < scale / right < 2.0001 and np.log2(scale) % 1 == 0 if pow2
               else abs(scale / right - 1) < 2.0**-16)
       off = np.abs(padded[g][part[::-1]].T * scale - exact)
-      allowed = np.maximum(np.abs(exact) / 16, scale * 2.0**-10) + np.abs(exact) * 2.0**-15
-      worst = max(worst, float((off / np.maximum(allowed, 1e-300)).max()) if fits else np.inf)
+      worst = max(worst, float((off / _half_step(exact, scale)).max()) if fits else np.inf)
     return worst
 
   return run

@@ -83,14 +83,14 @@ def test_plain_quantizers_obey_the_law_of_codes():
 
 
 def test_law_of_codes_sees_wrong_ones():
-  """Law: a code one step off, a scale too small, a transposed scale and NaN are each an error."""
+  """Law: a code two steps off, a scale too small, a transposed scale and NaN are each an error."""
   rng = np.random.default_rng(time.time_ns() % 2**31)
   x = jnp.asarray(rng.normal(size=(128, 128)), jnp.float32)
   exact = np.asarray(x).astype(np.float64)
   codes, scales = peers.quantize_rows(x)
   assert checks.code_error(codes, scales, exact, 1e-4, False) <= 1
   bits = np.array(codes.view(jnp.uint8))
-  bits[3, 5] ^= 1
+  bits[3, 5] ^= 2  # one step may be as near as the other
   step = jnp.asarray(bits).view(jnp.float8_e4m3fn)
   assert checks.code_error(step, scales, exact, 1e-4, False) > 1
   assert checks.code_error(codes, scales * 0.99, exact, 1e-4, False) > 1
