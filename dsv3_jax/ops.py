@@ -77,9 +77,11 @@ def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale:
   }, auto=("cudnn", "xla"))
 
 
-def attention_in_halves(impl: str = "auto") -> bool:
-  """Whether `attention` of this `impl` is what the two halves below compute."""
-  return impl == "xla" or (impl == "auto" and jax.default_backend() != "gpu")
+def attention_in_halves(impl: str, dtype, segments_BT: jax.Array | None) -> bool:
+  """Whether `attention` of such a call is what the two halves below compute."""
+  if impl == "auto":
+    return not cudnn_attention.takes(dtype, segments_BT)
+  return impl == "xla"
 
 
 def attention_forward(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,

@@ -9,6 +9,12 @@ import jax
 import jax.numpy as jnp
 
 
+def takes(dtype, segments_BT: jax.Array | None) -> bool:
+  """Whether `attention` may take such a call."""
+  return (jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+          and segments_BT is None)
+
+
 def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
               segments_BT: jax.Array | None = None) -> jax.Array:
   """Causal attention [B, T, H, U] on a CUDA device.
@@ -17,12 +23,10 @@ def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale:
     NotImplementedError: not a GPU, not a 16-bit dtype, segments given, or this jax has no such
       entry.
   """
-  if jax.default_backend() != "gpu":
-    raise NotImplementedError("cuDNN attention needs a CUDA device")
-  if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
-    raise NotImplementedError(f"cuDNN attention takes 16-bit floats, not {q_BTHK.dtype}")
-  if segments_BT is not None:
-    raise NotImplementedError("cuDNN attention is not wired for segments")
+  if not takes(q_BTHK.dtype, segments_BT):
+    raise NotImplementedError(
+        "cuDNN attention needs a CUDA device, 16-bit floats and no segments; given "
+        f"{jax.default_backend()}, {q_BTHK.dtype}, segments: {segments_BT is not None}")
   try:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
   except ImportError as error:

@@ -13,17 +13,24 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import ops
 from dsv3_jax.fp8 import linear
+from dsv3_jax.fp8.formats import E5M6
 from dsv3_jax.fp8.recipe import Recipe
 from dsv3_jax.fp8.weights import Weight, bare, hold, quantized, value
 
 
-def joined(recipe: Recipe | None, w: Weight | jax.Array, impl: str) -> bool:
-  """Whether `attend` applies: the recipe keeps o quantized, and attention's halves are at hand.
+def joined(recipe: Recipe | None, w: Weight | jax.Array, impl: str, like: jax.Array,
+           segments_BT: jax.Array | None = None) -> bool:
+  """Whether `attend` applies: the recipe keeps o in E5M6, and attention's halves are at hand.
 
-  cuDNN's are not, it keeps o itself.
+  cuDNN's are not, it keeps o itself. A copy in E4M3 serves the projection alone.
+
+  Args:
+    impl, segments_BT: of `ops.attention`.
+    like: has the queries' dtype.
   """
-  return (recipe is not None and recipe.output_cache.format is not None
-          and isinstance(w, Weight | jax.Array) and ops.attention_in_halves(impl))
+  return (recipe is not None and recipe.output_cache.format is E5M6
+          and isinstance(w, Weight | jax.Array)
+          and ops.attention_in_halves(impl, like.dtype, segments_BT))
 
 
 def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, w_HUD: Weight | jax.Array,

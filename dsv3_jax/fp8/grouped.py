@@ -170,7 +170,8 @@ def wgrad(x_MK: Held, dy_MN: Held, plan: Any, groups: int, recipe: Recipe, impl:
   """`dw[g] = sum over the blocks of g of x^T dy`, fp32 [G, K, N].
 
   An emulated tensor core promotes after every `interval` rows of an expert, rounded up to whole
-  blocks where it is longer than one; 0: never.
+  blocks where it is longer than one; 0: never. A step of 32 products does not reach over blocks:
+  shorter ones end it early, and are cut more often than on hardware.
   """
   if not recipe.bits:
     return ops.fp8_grouped_wgrad(scaled(x_MK), scaled(dy_MN), plan.group_m, plan.used, groups,
@@ -196,9 +197,8 @@ def wgrad(x_MK: Held, dy_MN: Held, plan: Any, groups: int, recipe: Recipe, impl:
     promoted_KN = jnp.where(fresh, 0, promoted_KN) + jnp.where(promote, register_KN, 0)
     register_KN = accumulate.add(jnp.where(fresh | promote, 0, register_KN), value(x).T, value(dy),
                                  bits=recipe.bits)
-    new = (dw_GKN.at[group].set(promoted_KN + register_KN), promoted_KN, register_KN, count + 1,
-           group)
-    return jax.tree.map(lambda a, b: jnp.where(used, a, b), new, carry), None
+    dw_KN = jnp.where(used, promoted_KN + register_KN, dw_GKN[group])
+    return (dw_GKN.at[group].set(dw_KN), promoted_KN, register_KN, count + 1, group), None
 
   K, N = x_MK.shape[-1], dy_MN.shape[-1]
   zeros = ops.varying_zeros((groups + 2, K, N), jnp.float32, plan.group_m)

@@ -43,6 +43,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import ops
 from dsv3_jax.fp8 import accumulate, probe
+from dsv3_jax.fp8.formats import E5M6
 from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.fp8.recipe import Operand, Recipe
 from dsv3_jax.fp8.weights import (
@@ -64,7 +65,6 @@ class Site(NamedTuple):
 
   x: Operand  # of Fprop
   cache: Operand  # what is kept of the input
-  name: str = ""  # checkpoint name of what is kept
 
 
 # --- operands -----------------------------------------------------------------------------------
@@ -92,7 +92,12 @@ def again(held: Held, was: Operand, operand: Operand, floor: float, dtype=jnp.fl
                                       impl=operand.impl), operand)
     except NotImplementedError:
       pass
-  return hold(value(held).astype(dtype if operand.format is None else jnp.float32), operand, floor)
+  x = value(held)
+  if operand.format is None:
+    x = x.astype(dtype)
+  elif was.format is E5M6 and was.scale == "pow2":
+    x = x.astype(jnp.bfloat16)  # exact, and what kernels read
+  return hold(x, operand, floor)
 
 
 def measured(x: jax.Array, operand: Operand, floor: float, w: Weight, slot: int
@@ -193,7 +198,7 @@ def _linear_fwd(recipe, site, x_MK, ws, transposed=True):
   ws = tuple(quantized(w, recipe, transposed) for w in ws)
   ys = tuple(gemm(x, w.fprop, recipe, w.dgrad, x_MK.dtype) for w in ws)
   kept = x if same_form(site.x, site.cache) else hold(x_MK, site.cache, recipe.floor)
-  return ys, (save(kept, site.name), found, tuple(shell(w, recipe) for w in ws))
+  return ys, (save(kept), found, tuple(shell(w, recipe) for w in ws))
 
 
 def _linear_bwd(recipe, site, residuals, dys):

@@ -131,7 +131,7 @@ class MLA(nnx.Module):
     w_o_HUD = self.w_o_HUD[...]
     how = dict(scale=rope.softmax_scale(self.cfg), impl=runtime.attention,
                block=runtime.attention_block)
-    if fp8_attention.joined(recipe, w_o_HUD, runtime.attention):
+    if fp8_attention.joined(recipe, w_o_HUD, runtime.attention, x_BTD, segments_BT):
       return fp8_attention.attend(q_BTHK, k_BTHK, v_BTHU, w_o_HUD, segments_BT, recipe, **how)
     o_BTHU = ops.attention(q_BTHK, k_BTHK, v_BTHU, segments_BT=segments_BT, **how)
     with jax.named_scope("mla_output"):

@@ -1,4 +1,4 @@
-"""PartitionSpecs from the shape letters that names end in (HOUSE "Names and shapes")."""
+"""PartitionSpecs from the shape letters that names end in (CONTRIBUTING.md, "Names and shapes")."""
 
 from typing import Any
 

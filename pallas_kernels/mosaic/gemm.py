@@ -10,7 +10,7 @@ Operands are e4m3 with the summed axis contiguous. Activations and gradients car
 values of that axis, laid out [blocks, rows]; weights one for a block of 128x128. Scales multiply
 codes. All kernels are `gemm_kernel.run`; here shapes are checked and, where the copies' alignment
 asks for it, padded: M and N to 16, the summed axis to 128, and each to a tile's extent
-at least. Shapes of a trained model need none of it.
+at least. A sum over 576 (Dgrad of DeepSeek-V3's w_dkv) needs it.
 
 Promotion to fp32 happens every `interval` values: 32, 64 or 128. More than 128 cannot be had: the
 sum in the tensor core would span several blocks, each of which has a scale of its own.
