@@ -3,20 +3,22 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dsv3_jax import config
+from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import stages as stages_lib
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.parallel import pipeline, sharding
 from dsv3_jax.parallel.schedules import Schedule
-from dsv3_jax.train import step
 from dsv3_jax.train.state import Hyper
+from dsv3_jax.train.step import Batch
 
 PIPE = "pipe"
 
 
-def gradients(cfg: config.Config, params: Any, buffers: Any, batch: step.Batch, hyper: Hyper,
+def gradients(cfg: config.Config, params: Any, buffers: Any, batch: Batch, hyper: Hyper,
               mesh: jax.sharding.Mesh, plan: Schedule, kinds: tuple[stages_lib.Kind, ...],
               unit: bool = False) -> tuple[Any, dict[str, Any]]:
   """Gradients of the whole batch's loss, and its summed statistics (see `loss.loss_fn`).
@@ -44,7 +46,8 @@ def gradients(cfg: config.Config, params: Any, buffers: Any, batch: step.Batch, 
   axes = (PIPE, *data_axes)
 
   def local(own, fixed, shared, mtp_buffers, batch, mtp_weight):
-    denominator = step._target_tokens(batch, micros, data_axes, shards)
+    targets = loss_lib.target_tokens({k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()})
+    denominator = jnp.maximum(jax.lax.psum(targets, data_axes) if data_axes else targets, 1)
     mtp_buffers, mtp_weight, denominator = sharding.varying(
         (mtp_buffers, mtp_weight, denominator), axes)
     stages = stages_lib.Stages(
@@ -68,4 +71,4 @@ def gradients(cfg: config.Config, params: Any, buffers: Any, batch: step.Batch, 
   counts = stages_lib.put({"moe": stats.pop("counts")}, where)
   aux = jax.tree.map(lambda a: a.sum((0, 1)), stats)
   found = [*counts.values(), aux.pop("mtp_counts_KE")]
-  return shared | stages_lib.put(own, where), aux | {"counts_LE": jax.numpy.concatenate(found)}
+  return shared | stages_lib.put(own, where), aux | {"counts_LE": jnp.concatenate(found)}

@@ -16,9 +16,11 @@ from tests import quick
 from tests.model import small
 
 HYPER = state.Hyper(jnp.float32(1e-2), jnp.float32(1e-3), jnp.float32(0.3))
+# The plain implementations: what the pipeline does is the same, and they compile sooner.
+RUNTIME = config.Runtime(attention="reference", gemm="reference", head_chunk=16)
 MODELS = {
-    "dense": config.replace(small.BASE, layers=4, dense_layers=4, mtp_depth=0),
-    "moe": config.replace(small.BASE, layers=4, dense_layers=1),
+    "dense": config.replace(small.BASE, layers=3, dense_layers=3, mtp_depth=0),
+    "moe": small.BASE,
 }
 
 
@@ -31,7 +33,7 @@ def tokens(microbatches, B=2):
 @functools.cache
 def model(name):
   graphdef, params, buffers = state.split(small.build(MODELS[name]))
-  cfg = config.Config(model=MODELS[name], loss=small.WEIGHTS, runtime=small.RUNTIME)
+  cfg = config.Config(model=MODELS[name], loss=small.WEIGHTS, runtime=RUNTIME)
   return graphdef, cfg, params, buffers
 
 
@@ -42,10 +44,13 @@ def expected(name, microbatches):
       params, buffers, tokens(microbatches))
 
 
-def check(name, schedule, ranks, microbatches, unit=False, layers=None):
+def check(name, schedule, ranks, microbatches, unit=False, layers=None, shards=None):
+  """The pipeline's gradients and statistics against those of one device."""
   _, cfg, params, buffers = model(name)
   plan = make(schedule, ranks, microbatches)
-  mesh = jax.make_mesh((ranks,), ("pipe",), axis_types=(AxisType.Auto,))
+  shape = {"pipe": ranks} | ({"data": shards} if shards else {})
+  mesh = jax.make_mesh(tuple(shape.values()), tuple(shape),
+                       axis_types=(AxisType.Auto,) * len(shape))
   kinds = stages.cut(cfg.model, plan.stages, layers)
   grads, aux = quick.jit(lambda p, b, batch: pipelined.gradients(
       cfg, p, b, batch, HYPER, mesh, plan, kinds, unit))(params, buffers, tokens(microbatches))
@@ -56,13 +61,25 @@ def check(name, schedule, ranks, microbatches, unit=False, layers=None):
       a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(initial=0)), (grads, aux), (want, want_aux))
 
 
-@pytest.mark.parametrize("schedule, ranks, microbatches", [("1f1b", 2, 3)])
-def test_dense(schedule, ranks, microbatches):
-  """Oracle: the sequential step's gradients and statistics."""
-  check("dense", schedule, ranks, microbatches)
+@pytest.mark.parametrize("schedule, ranks, microbatches, shards", [
+    ("1f1b", 2, 3, 2), ("zb1p", 4, 5, None), ("dualpipe_v", 2, 5, None)])
+def test_dense(schedule, ranks, microbatches, shards):
+  """Oracle: the sequential step's gradients and statistics. With 4 stages the last has no layer."""
+  check("dense", schedule, ranks, microbatches, shards=shards)
 
 
-@pytest.mark.parametrize("schedule, ranks, microbatches", [("1f1b", 2, 3)])
-def test_moe(schedule, ranks, microbatches):
-  """Oracle: the sequential step's gradients and statistics."""
-  check("moe", schedule, ranks, microbatches)
+def test_moe():
+  """Oracle: the sequential step's gradients and statistics, balance losses and MTP among them. The
+  stages are unequal: one dense layer; two MoE layers, MTP, head."""
+  check("moe", "zb1p", 2, 3, layers=(1, 2))
+
+
+def test_errors():
+  """Oracle: messages that name both numbers, and what is not there yet."""
+  with pytest.raises(ValueError, match="schedule is for 4 micro-batches and the batch has 3"):
+    _, cfg, params, buffers = model("dense")
+    plan = make("1f1b", 2, 4)
+    pipelined.gradients(cfg, params, buffers, tokens(3), HYPER, None, plan, ())
+  with pytest.raises(ValueError, match="recipe=v3: the pipeline has no FP8 recipes yet"):
+    stages.Stages(cfg.model, cfg.loss, config.Runtime(recipe="v3"), slots=0, mtp_buffers=None,
+                  mtp_weight=0.0, denominator=1.0, share=1.0)
