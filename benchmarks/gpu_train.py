@@ -117,6 +117,11 @@ def main(argv: list[str] | None = None) -> int:
   print("\n".join(kept["implementations"]))
   if args.json:
     files.write_atomic(args.json, json.dumps(kept, indent=2) + "\n")
+  elsewhere = [said for said in kept["implementations"]
+               if said.startswith("fp8_") and " pallas " not in f"{said} "]
+  if args.arm == "v3" and not args.dry and elsewhere:
+    print("not through the kernels: " + "; ".join(elsewhere))
+    return 1
   return 0
 
 

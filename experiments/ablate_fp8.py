@@ -12,12 +12,12 @@ Run:      dsv3 train --config=experiments/ablate_fp8.py:v3 --config.train.seed=1
           python -m benchmarks.ablate_fp8 v3 --seeds 0 1 2     the same, curves kept as JSON
           python -m benchmarks.ablate_fp8 --table              means over the seeds kept so far
 Cost:     1,000 steps of 1,024 tokens, about three minutes on 2 CPU cores.
-          no_promotion adds on an emulated tensor core: minutes to compile, some five times slower
-          steps. Give it --config.runtime.layer_unroll=1, and fewer steps.
+          no_promotion adds on an emulated tensor core: four minutes to compile, ten times slower
+          steps. Give it --config.runtime.layer_unroll=1.
 Expected: smoothed losses of v3 within 0.25 % of the baselines', as the report's at 16B and 230B.
 Note:     the learning rate is the better one for fp32. At twice that rate every FP8 arm lies below
-          fp32, since noise in gradients makes Adam's steps smaller (LOG.md): such a comparison shows
-          a rate that is too high, not a recipe that is better.
+          fp32, since noise in gradients makes Adam's steps smaller (LOG.md): such a comparison
+          shows a rate that is too high, not a recipe that is better.
 """
 
 from dsv3_jax import config

@@ -41,6 +41,8 @@ def sets_for(size: float) -> int:
 
 def program(operation: Callable, sets: Sequence[tuple]) -> Callable:
   """A jitted function of `sets` that calls `operation` on each in turn; gives all results."""
+  operation = jax.jit(operation)  # lowered once, not once a set
+
   def run(sets):
     results, last = [], None
     for args in sets:

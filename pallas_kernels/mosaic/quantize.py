@@ -196,7 +196,9 @@ def blocks(w_GKN: jax.Array, *, pow2: bool = False, floor: float = 1e-4, num_sms
     (i, j), (w,), (codes_t, codes, scales), (exact,) = tile, ins, outs, scratch
     g, i = split(i)
     found = [cast.amax(cast.load(w.at[pl.ds(h, H)], interpret), interpret) for h in (0, H)]
-    s = cast.scales(cast.amax_of(found, interpret), pow2, floor, interpret)
+    # Rounding is monotone: the largest scale is that of the largest magnitude. As vectors, because
+    # scalars have no bit patterns on the device.
+    s = cast.amax_of([cast.scales(x, pow2, floor, interpret) for x in found], interpret)
     scales[g, j, i] = s
     for h in (0, H):
       x = cast.load(w.at[pl.ds(h, H)], interpret).astype(jnp.float32)

@@ -98,6 +98,35 @@ def test_a_moe_layer(monkeypatch):
   compare(run, params, x, dy, limit=5e-4)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_grouped_matmul_by_ops(given):
+  """Oracle: the XLA path. Weights of two blocks by one, an expert with two blocks of rows, one with
+  none, a block that is not in use; the transposed weights given or not."""
+  r = recipe("xla")
+  x = linear.scaled(weights.hold(draw(3 * 128, 256), r.fprop_x, 1e-4))
+  w = weights.hold(draw(3 * 256, 128).reshape(3, 256, 128), r.fprop_w, 1e-4)
+  group_m, used = jnp.asarray([0, 0, 2], jnp.int32), jnp.asarray(2 + given, jnp.int32)
+  run = jax.jit(lambda impl: ops.fp8_grouped_gemm(
+      x, linear.scaled(w), group_m, used, impl=impl,
+      turned_GNK=linear.scaled(w.mT) if given else None), static_argnums=0)
+  found, want = run("pallas"), run("xla")
+  np.testing.assert_allclose(found, want, rtol=0, atol=1e-6 * np.abs(want).max())
+  assert (np.abs(found[256:]).max() > 0) == given
+
+
+def test_grouped_weight_gradient_by_ops():
+  """Oracle: the XLA path. Sums over the blocks of an expert; zeros for one without any."""
+  r = recipe("xla")
+  x, dy = (linear.scaled(weights.hold(draw(3 * 128, n), o, 1e-30))
+           for n, o in ((256, r.wgrad_x), (128, r.wgrad_dy)))
+  group_m, used = jnp.asarray([0, 0, 2], jnp.int32), jnp.asarray(3, jnp.int32)
+  run = jax.jit(lambda impl: ops.fp8_grouped_wgrad(x, dy, group_m, used, 3, impl=impl),
+                static_argnums=0)
+  found, want = run("pallas"), run("xla")
+  np.testing.assert_allclose(found, want, rtol=0, atol=1e-6 * np.abs(want).max())
+  assert not np.asarray(found[1]).any() and np.asarray(found[0]).any()
+
+
 def sharded(local, devices, specs_in, specs_out):
   mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,),
                        devices=jax.devices()[:devices])
