@@ -61,17 +61,17 @@ def check(name, schedule, ranks, microbatches, unit=False, layers=None, shards=N
       a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(initial=0)), (grads, aux), (want, want_aux))
 
 
-@pytest.mark.parametrize("schedule, ranks, microbatches, shards", [
-    ("1f1b", 2, 3, 2), ("zb1p", 4, 5, None), ("dualpipe_v", 2, 5, None)])
-def test_dense(schedule, ranks, microbatches, shards):
-  """Oracle: the sequential step's gradients and statistics. With 4 stages the last has no layer."""
-  check("dense", schedule, ranks, microbatches, shards=shards)
+@pytest.mark.parametrize("schedule, ranks, microbatches, layers, shards", [
+    ("1f1b", 2, 3, None, 2), ("zb1p", 4, 5, (2, 0, 1, 0), None), ("dualpipe_v", 2, 5, None, None)])
+def test_dense(schedule, ranks, microbatches, layers, shards):
+  """Oracle: the sequential step's gradients and statistics, stages unequal or without a layer."""
+  check("dense", schedule, ranks, microbatches, layers=layers, shards=shards)
 
 
 def test_moe():
   """Oracle: the sequential step's gradients and statistics, balance losses and MTP among them. The
-  stages are unequal: one dense layer; two MoE layers, MTP, head."""
-  check("moe", "zb1p", 2, 3, layers=(1, 2))
+  stages: a dense layer; an MoE layer; another; MTP and head."""
+  check("moe", "zb1p", 4, 5)
 
 
 def test_errors():
