@@ -499,10 +499,9 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
       warnings.simplefilter("always", UserWarning)
       warnings.showwarning = lambda message, *rest, **more: ui.note(f"warning: {message}")
       if corpus is None:
-        from dsv3_jax.data import pipeline  # after the workdir is known to be ours
+        from dsv3_jax.data import apart  # after the workdir is known to be ours
 
-        corpus = pipeline.prepare(config.data, config.model.vocab_size, folder.path,
-                                  _preparing(ui))
+        corpus = apart.prepare(config.data, config.model.vocab_size, folder.path, _preparing(ui))
         ui.note(corpus.describe())
       trainer = _Trainer(config, folder, corpus, ui)
       ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
