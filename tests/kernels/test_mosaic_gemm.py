@@ -16,28 +16,12 @@ from pallas_kernels.mosaic import compat, gemm, schedule
 from pallas_kernels.mosaic import config as config_lib
 from pallas_kernels.mosaic.config import GemmConfig
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_race")]
 clusters = pytest.mark.skipif(not compat.CLUSTERS,
                               reason="this jax's interpreter has no cluster barriers")
 SMALL = GemmConfig(stages=2)
 ONE = GemmConfig(warpgroups=1, tile_n=64, stages=3)
 WAVES = GemmConfig(rows=128, stages=2)
-
-
-@pytest.fixture(autouse=True)
-def no_races(capsys):
-  """The interpreter's detector only prints."""
-  yield
-  printed = capsys.readouterr().out
-  print(printed)
-  assert "RACE DETECTED" not in printed
-
-
-@pytest.fixture
-def rng():
-  seed = np.random.SeedSequence().entropy
-  print(f"seed {seed}")
-  return np.random.default_rng(seed)
 
 
 def codes(rng, *shape):

@@ -16,29 +16,14 @@ from pallas_kernels.xla import mla_decode as xla_mla_decode
 from tests.oracles.tolerance import assert_close
 from tests.quick import jit
 
-pytestmark = pytest.mark.timeout(60)  # jax 0.10.2's interpreter hangs where others fail
+# jax 0.10.2's interpreter hangs where others fail.
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_race")]
 
 SCALE = 0.06
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 BF16 = jnp.dtype(jnp.bfloat16)
 needs_speed = pytest.mark.skipif(
     not compat.NEW, reason="jax 0.10.2's interpreter takes too long for more than two blocks")
-
-
-@pytest.fixture
-def rng():
-  seed = np.random.SeedSequence().entropy
-  print(f"seed {seed}")
-  return np.random.default_rng(seed)
-
-
-@pytest.fixture(autouse=True)
-def no_race(capfd):
-  """The race detector speaks on the standard output."""
-  yield
-  said = "".join(capfd.readouterr())
-  print(said)
-  assert "RACE DETECTED" not in said
 
 
 def pack(latent, rope):

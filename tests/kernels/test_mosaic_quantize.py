@@ -16,25 +16,9 @@ from pallas_kernels import reference
 from pallas_kernels.mosaic import cast, compat, quantize
 from tests.quick import jit
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_race")]
 tails = pytest.mark.skipif(not compat.TAILS, reason="this jax's interpreter does not clip copies")
 E4M3 = ml_dtypes.float8_e4m3fn
-
-
-@pytest.fixture
-def rng():
-  seed = np.random.SeedSequence().entropy
-  print(f"seed {seed}")
-  return np.random.default_rng(seed)
-
-
-@pytest.fixture(autouse=True)
-def no_race(capfd):
-  """The race detector speaks on the standard output."""
-  yield
-  said = "".join(capfd.readouterr())
-  print(said)
-  assert "RACE DETECTED" not in said
 
 
 def run(kernel, *args, **kwargs):

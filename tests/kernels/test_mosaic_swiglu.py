@@ -14,14 +14,14 @@ import pytest
 from dsv3_jax.fp8 import quantize as model
 from pallas_kernels import reference
 from pallas_kernels.mosaic import compat, swiglu
-from tests.kernels.test_mosaic_quantize import exact, no_race, oracle, rng  # noqa: F401
+from tests.kernels.test_mosaic_quantize import exact, oracle
 from tests.quick import jit
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_race")]
 tails = pytest.mark.skipif(not compat.TAILS, reason="this jax's interpreter does not clip copies")
 
 
-def inputs(rng, M, F, kept=False):  # noqa: F811
+def inputs(rng, M, F, kept=False):
   """gate, up, dh and weights, with rows of very different size; gate and up also as codes."""
   def draw(size):
     return jnp.asarray(rng.normal(size=(M, F)) * size, jnp.bfloat16)
@@ -44,10 +44,9 @@ def derivatives(gate, up, dh, weight):
 
 
 def assert_quantized(got, x, floor, turned=False, pow2=False):
-  """Scales to 1e-5 and codes to half their step, of float64 `x`.
+  """Scales to 2e-6 (dgate is some sixteen fp32 roundings of 6e-8) and codes to half their step.
 
-  Where the derivative of silu passes through zero, fp32 keeps fewer digits: hence 1e-5, not 1e-6
-  (which one scale in some ten thousand misses), and 3 % of a step more for the smallest codes.
+  A hundredth of a step more is for fp32 where the derivative of silu passes through zero.
   """
   codes, scales = (np.asarray(a) for a in got)
   M, F = x.shape
@@ -60,17 +59,17 @@ def assert_quantized(got, x, floor, turned=False, pow2=False):
     expected = expected.T[:, :M]
     spread = np.repeat(expected.T, 128, 1)[:, :F]
   assert scales.shape == expected.shape and scales.dtype == np.float32
-  np.testing.assert_allclose(scales, expected, rtol=0 if pow2 else 1e-5)
+  np.testing.assert_allclose(scales, expected, rtol=0 if pow2 else 2e-6)
   x = x[:codes.shape[0], :codes.shape[1]]
   y = x / spread
   step = np.exp2(np.floor(np.log2(np.maximum(np.abs(y), 2.0**-6))) - 3)
   assert codes.shape == x.shape
   steps = np.abs(codes.astype(np.float64) - y) / step
-  assert steps.max() < 0.53
+  assert steps.max() < 0.505
 
 
 @pytest.mark.parametrize("pow2, weighted", [(False, True), (True, False)])
-def test_rows(rng, pow2, weighted):  # noqa: F811
+def test_rows(rng, pow2, weighted):
   """Oracle: numpy float64; seven tiles and three CTAs."""
   (gate, up, _, weight), values = inputs(rng, 448, 128)
   run = functools.partial(swiglu.swiglu_rows, pow2=pow2, num_sms=1, interpret=True)
@@ -82,7 +81,7 @@ def test_rows(rng, pow2, weighted):  # noqa: F811
 
 @pytest.mark.parametrize("kept, weighted, pow2", [(False, True, False), (True, True, False),
                                                   (False, False, True)])
-def test_backward(rng, kept, weighted, pow2):  # noqa: F811
+def test_backward(rng, kept, weighted, pow2):
   """Oracle: numpy float64; from bf16, and from the codes that the forward pass kept."""
   args, values = inputs(rng, 384, 256, kept)
   if not weighted:
@@ -100,7 +99,7 @@ def test_backward(rng, kept, weighted, pow2):  # noqa: F811
     assert dweight is None
 
 
-def test_derivatives_are_those_of_the_definition(rng):  # noqa: F811
+def test_derivatives_are_those_of_the_definition(rng):
   """Oracle: jax's own derivative of `reference.swiglu`, against the formulas of these tests."""
   args, values = inputs(rng, 8, 32)
   gate, up, dh, weight = (x.astype(jnp.float32) for x in args)
@@ -110,7 +109,7 @@ def test_derivatives_are_those_of_the_definition(rng):  # noqa: F811
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
-def test_large_and_bad_inputs(rng):  # noqa: F811
+def test_large_and_bad_inputs(rng):
   """Law: silu(-1e30) is zero and not NaN; what is not finite spoils its own tiles alone."""
   (gate, up, _, weight), values = inputs(rng, 128, 128)
   gate = gate.at[0].set(-1e30).at[5, 7].set(jnp.nan)
@@ -122,7 +121,7 @@ def test_large_and_bad_inputs(rng):  # noqa: F811
 
 
 @tails
-def test_ragged_edges(rng):  # noqa: F811
+def test_ragged_edges(rng):
   """Oracle: numpy float64; an odd number of rows, columns that end in the middle of a tile."""
   args, values = inputs(rng, 77, 160)
   dgate_64, dup_64, h_64, dweight_64 = derivatives(*values)
