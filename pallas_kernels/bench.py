@@ -29,7 +29,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import cases, peers, shapes, timing
+from pallas_kernels import cases, peers, reference, shapes, timing
 from pallas_kernels.cases import Case
 from pallas_kernels.mosaic import tables
 
@@ -89,11 +89,8 @@ def row(*cells: str) -> str:
 
 def difference(x, y) -> float:
   """DeepGEMM's metric over all leaves of two results; the worst of them, NaN where one is."""
-  def one(a, b):
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return 1 - 2 * jnp.sum(a * b) / (jnp.sum(a * a) + jnp.sum(b * b))
-
-  found = jax.jit(lambda x, y: jnp.stack(jax.tree.leaves(jax.tree.map(one, x, y))).max())
+  found = jax.jit(lambda x, y: jnp.stack(
+      jax.tree.leaves(jax.tree.map(reference.difference, x, y))).max())
   return abs(float(found(x, y)))
 
 

@@ -7,6 +7,12 @@ from jax import lax
 from pallas_kernels import latent_cache, scaled
 
 
+def difference(x: jax.Array, y: jax.Array) -> jax.Array:
+  """DeepGEMM's metric, 1 - 2 <x, y> / (<x, x> + <y, y>), fp32; NaN where either has one."""
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  return 1 - 2 * jnp.sum(x * y) / (jnp.sum(x * x) + jnp.sum(y * y))
+
+
 def attention(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array, *, scale: float,
               segments_BT: jax.Array | None = None) -> jax.Array:
   """Causal softmax attention [B, T, H, U]; all scores exist at once."""

@@ -27,9 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels import cases, shapes, timing
+from pallas_kernels import cases, reference, shapes, timing
 from pallas_kernels.aot import build, toolchain
 from pallas_kernels.aot.report import Report
 from pallas_kernels.mosaic import compat, tables
@@ -55,12 +54,6 @@ class Tried:
 def candidates(shape: shapes.Gemm, most: int) -> list[GemmConfig]:
   """The likeliest configurations of a shape, at most `most`."""
   return config_lib.candidates(*cases.arguments(shape))[:most]
-
-
-def difference(x: jax.Array, y: jax.Array) -> jax.Array:
-  """DeepGEMM's metric, 1 - 2 <x, y> / (<x, x> + <y, y>); NaN where either has one."""
-  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-  return 1 - 2 * jnp.sum(x * y) / (jnp.sum(x * x) + jnp.sum(y * y))
 
 
 def spill_reports(shape: shapes.Gemm, configs: list[GemmConfig], tools: toolchain.Toolchain,
@@ -96,7 +89,7 @@ def tune(shape: shapes.Gemm, configs: list[GemmConfig], *, deadline: float,
     operation = cases.gemm_call(shape, config, num_sms=num_sms, interpret=interpret)
     return operation if interpret else jax.jit(operation).lower(*sets[0]).compile()
 
-  compare, rows = jax.jit(difference), min(ROWS, shape.m)
+  compare, rows = jax.jit(reference.difference), min(ROWS, shape.m)
   want = jax.jit(lambda *args: cases.gemm_rows(shape, args, rows))(*sets[0])
   tried: list[Tried] = []
   # Compiling takes longer than running, and threads can do it while the device is busy.

@@ -6,7 +6,8 @@ for XLA cancels the two; a weight comes with its other form (`turned`) for the s
 
 Every function raises NotImplementedError where another implementation has to take the call: not on
 a Hopper GPU, other formats or tiles than the kernels know. Only `impl="pallas"` on a CPU runs them
-in the interpreter, which shows that they are right and takes its time.
+in the interpreter, which shows that they are right and takes its time. Kernels are imported where
+they are called: Mosaic takes a third of a second that other platforms need not spend.
 """
 
 import dataclasses
