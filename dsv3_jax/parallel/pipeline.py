@@ -66,7 +66,7 @@ class Result(NamedTuple):
 
 
 class Sums(NamedTuple):
-  """Sums over this rank's micro-batches; nothing is summed over devices.
+  """Sums over this rank's micro-batches, or maxima; nothing is summed over devices.
 
   Attributes:
     objective: fp32.
@@ -129,13 +129,20 @@ def _set(tree: Any, index: Any, values: Any) -> Any:
   return jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, index, 0), tree, values)
 
 
-def _add(tree: Any, index: Any, values: Any) -> Any:
-  return jax.tree.map(lambda a, v: a.at[index].add(v), tree, values)
+def _add(tree: Any, index: Any, values: Any, maxima: Any) -> Any:
+  def leaf(maximum, a, v):
+    return a.at[index].max(v) if maximum else a.at[index].add(v)
+
+  return jax.tree.map(leaf, jax.tree.broadcast(maxima, tree), tree, values)
+
+
+def _join(maximum: bool, total: jax.Array, value: jax.Array) -> jax.Array:
+  return jnp.maximum(total, value) if maximum else total + value
 
 
 def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], own: Any,
         shared: Mapping[str, Any], fixed: Any, data: Any, *, axis: str = "pipe",
-        axes: tuple[str, ...] = ("pipe",)) -> Sums:
+        axes: tuple[str, ...] = ("pipe",), maxima: Any = (False, False)) -> Sums:
   """Runs a schedule. To be called inside shard_map.
 
   Args:
@@ -147,6 +154,8 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
     data: the batch, leaves [M, ...], which every rank has.
     axis: the mesh axis of the pipeline.
     axes: all mesh axes, over which the gradients differ until they are summed.
+    maxima: trees of bool, (own, shared) or prefixes of these: where True, the "gradients" of a leaf
+      are magnitudes (FP8's amaxes come out so), at least 0, and the largest counts, not the sum.
 
   Raises:
     ValueError: the axis' size is not the number of the tables' ranks; a stage changes the shape or
@@ -177,6 +186,8 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
 
   x_type = Array(x.shape, x.dtype, axes)
   own_leaves = jax.tree.leaves(weights_C[0][0])
+  own_maxima, shared_maxima = jax.tree.broadcast(tuple(maxima), weights_C[0])
+  own_maxima = jax.tree.leaves(own_maxima)
 
   def nothing() -> _Out:
     return _Out(x_type.zeros(), x_type.zeros(), *(pools[p].zeros() for p in "iwc"),
@@ -216,7 +227,7 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
       out = out._replace(dx=dx)
       if role.first:
         pull = jax.vjp(lambda s: sharding.varying(enter(s, micro), axes), shared)[1]
-        out = out._replace(shared=jax.tree.map(jnp.add, out.shared, pull(dx)[0]))
+        out = out._replace(shared=jax.tree.map(_join, shared_maxima, out.shared, pull(dx)[0]))
       if kind == "I":
         out = out._replace(c=pools["c"].put(role.type, c))
     if kind != "I":
@@ -225,7 +236,8 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
     n = len(own_leaves)
     own = [a if g is None else g.astype(jnp.float32) for a, g in zip(out.own, gradients)]
     leaves, tree = jax.tree.flatten(out.shared)
-    leaves = [a if g is None else a + g for a, g in zip(leaves, gradients[n:], strict=True)]
+    leaves = [a if g is None else _join(m, a, g) for m, a, g in zip(
+        jax.tree.leaves(shared_maxima), leaves, gradients[n:], strict=True)]
     return out._replace(own=own, shared=jax.tree.unflatten(tree, leaves))
 
   branches = [branch(opcode) for opcode in tables.opcodes]
@@ -247,9 +259,9 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
       name = "x" if channel[0] == "F" else "g"
       buffers[name] = _set(buffers[name], row[channel], value)
     sums = Sums(sums.objective + out.objective,
-                _add(sums.own, backward_chunk[row["op"]], out.own),
-                jax.tree.map(jnp.add, sums.shared, out.shared),
-                _add(sums.stats, forward_chunk[row["op"]], out.stats))
+                _add(sums.own, backward_chunk[row["op"]], out.own, own_maxima),
+                jax.tree.map(_join, shared_maxima, sums.shared, out.shared),
+                _add(sums.stats, forward_chunk[row["op"]], out.stats, False))
     return (buffers, sums), None
 
   slots = tables.slots

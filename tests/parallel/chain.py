@@ -69,7 +69,7 @@ def places(plan):
 
 
 def gradients(plan, own, shared, fixed_S, data, unit=False, ranks=None, middle=middle,
-              wrap=quick.jit):
+              wrap=quick.jit, maxima=(False, False)):
   """As `reference` summed over the batch and differentiated, by the executor."""
   tables = plan.ticks(unit).tables(["middle"] * (plan.stages - 1) + ["last"])
   stage_RC = places(plan)
@@ -78,9 +78,10 @@ def gradients(plan, own, shared, fixed_S, data, unit=False, ranks=None, middle=m
   def local(own, shared, fixed, data):
     here = lambda tree: jax.tree.map(lambda a: a[0], tree)
     sums = pipeline.run(tables, enter, {"middle": middle, "last": last}, here(own), shared,
-                        here(fixed), data)
-    total = jax.lax.psum((sums.objective, sums.shared), "pipe")
-    return *total, jax.tree.map(lambda a: a[None], (sums.own, sums.stats))
+                        here(fixed), data, maxima=maxima)
+    join = lambda maximum, a: (jax.lax.pmax if maximum else jax.lax.psum)(a, "pipe")
+    total = jax.tree.map(join, jax.tree.broadcast(maxima[1], shared), sums.shared)
+    return jax.lax.psum(sums.objective, "pipe"), total, jax.tree.map(lambda a: a[None], (sums.own, sums.stats))
 
   def whole(own, shared, fixed_S, data):
     cut = lambda tree: jax.tree.map(lambda a: a[stage_RC], tree)

@@ -42,6 +42,50 @@ def test_gradients(name, ranks, microbatches, unit):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+@jax.custom_vjp
+def watch(x, amax):
+  """x; the "gradient" of `amax` [2] are the magnitudes of x and of its gradient."""
+  return x
+
+
+watch.defvjp(lambda x, amax: (x, jnp.abs(x).max()),
+             lambda largest, g: (g, jnp.stack([largest, jnp.abs(g).max()])))
+
+
+@pytest.mark.parametrize("name", ["zb1p", "dualpipe_v"])
+def test_maxima(name):
+  """Oracle: the largest magnitudes over micro-batches, of each of them on one device."""
+  plan = make(name, 2, 5)
+  own, shared = chain.weights(plan.stages)
+  own["amax_2"], shared["amax_2"] = jnp.zeros((plan.stages, 2)), jnp.zeros(2)
+  fixed_S, data = jnp.linspace(1, 2, plan.stages), chain.batch(5)
+
+  def middle(own, shared, fixed, data, x):
+    return chain.middle(own, shared, fixed, data, watch(watch(x, own["amax_2"]), shared["amax_2"]))
+
+  found = chain.gradients(plan, own, shared, fixed_S, data, middle=middle,
+                          maxima=({name: name == "amax_2" for name in own},
+                                  {name: name == "amax_2" for name in shared}))
+
+  def total(own, shared, micro):
+    x = chain.enter(shared, micro)
+    objective = 0.0
+    for s in range(plan.stages):
+      stage = chain.last if s == plan.stages - 1 else middle
+      result = stage(jax.tree.map(lambda a, s=s: a[s], own), shared, fixed_S[s], micro, x)
+      x, objective = result.y, objective + result.objective
+    return objective
+
+  grads = quick.jit(jax.vmap(jax.grad(total, (0, 1)), (None, None, 0)))(own, shared, data)
+  for k, tree in enumerate(grads):
+    for name, each_M in tree.items():
+      if name == "amax_2":  # the shared one sees what all of the others see
+        expected = grads[0][name].max(0) if k == 0 else grads[0][name].max((0, 1))
+      else:
+        expected = each_M.sum(0)
+      np.testing.assert_allclose(found[1 + k][name], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["zb1p", "dualpipe_v"])
 def test_program_does_not_grow(name):
   """Law: the program has the same operations for any number of micro-batches."""
