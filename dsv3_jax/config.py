@@ -170,12 +170,86 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Device mesh: devices along each axis; the product must not exceed the devices present."""
+  """Device mesh: devices along each axis; the product must not exceed the devices present.
 
+  A micro-batch's sequences are cut over data, node and gpu, routed experts over node and gpu,
+  layers over pipe.
+  """
+
+  pipe: int = 1
   data: int = 1
+  node: int = 1  # joined by slow links
+  gpu: int = 1  # within a node
 
   def __post_init__(self):
-    _positive("runtime.mesh", self, "data")
+    _positive("runtime.mesh", self, "pipe", "data", "node", "gpu")
+
+  @property
+  def batch_shards(self) -> int:
+    """Devices among which the sequences of a micro-batch are divided."""
+    return self.data * self.node * self.gpu
+
+  @property
+  def devices(self) -> int:
+    return self.pipe * self.batch_shards
+
+  def describe(self, *axes: str) -> str:
+    """For messages: those of the axes (all of them by default) that exceed 1, as a product."""
+    sizes = {a: getattr(self, a) for a in axes or ("pipe", "data", "node", "gpu")}
+    return (" * ".join(f"runtime.mesh.{a}={n}" for a, n in sizes.items() if n > 1)
+            or "runtime.mesh of one device")
+
+
+SCHEDULES = ("auto", "none", "gpipe", "1f1b", "zb1p", "dualpipe", "dualpipe_v")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """In which order micro-batches pass the stages (report 3.2.1); see parallel/schedules.
+
+  auto is dualpipe_v where runtime.mesh.pipe exceeds 1, and none on a pipe of 1. There dualpipe_v
+  can be asked for too: it runs the forward of one micro-batch beside the backward of another.
+  """
+
+  schedule: str = "auto"
+  layers: tuple[int, ...] = ()  # of each stage; empty: evenly
+
+  def __post_init__(self):
+    _one_of("runtime.pipeline", self, "schedule", SCHEDULES)
+    _require(all(n >= 0 for n in self.layers),
+             f"runtime.pipeline.layers={self.layers} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+  """How tokens reach experts that lie on other devices (report 3.2.2); see parallel/dispatch.py.
+
+  Formats of what is sent are for runs without a recipe, which says itself how rows travel
+  (runtime.fp8.dispatch_x, dispatch_dy).
+  """
+
+  form: str = "two_hop"  # two_hop: once to each node, then within it; flat; gather: all to all
+  transport: str = "dense"  # dense: whole buffers; ragged: their filled part (not on a CPU)
+  factor: float = 0.0  # room in buffers over the mean share; 0: for the worst case
+  overflow: str = "rounds"  # what finds no room goes in further rounds, or is dropped and counted
+  activations: str = ""  # forward, such as "e4m3 1x128 pow2"; empty: as they are
+  gradients: str = ""  # backward
+  combine: str = ""  # dtype of sums on their way back: bfloat16, float32; empty: as it is
+
+  def __post_init__(self):
+    s = "runtime.dispatch"
+    _one_of(s, self, "form", ("two_hop", "flat", "gather"))
+    _one_of(s, self, "transport", ("dense", "ragged"))
+    _one_of(s, self, "overflow", ("rounds", "drop"))
+    _one_of(s, self, "combine", ("", "bfloat16", "float32"))
+    _not_negative(s, self, "factor")
+    _require(self.form != "gather" or self.transport == "dense",
+             f"{s}.transport={self.transport!r}: form='gather' sends whole arrays; use 'dense'")
+    for name in ("activations", "gradients"):
+      value = getattr(self, name)
+      _require(not value or re.fullmatch(r"(e4m3|e5m2) 1x[1-9]\d* (fp32|pow2)", value) is not None,
+               f"{s}.{name}={value!r} must be empty or 'FORMAT 1xCOLUMNS SCALES' such as "
+               "'e4m3 1x128 pow2'")
 
 
 RECIPES = ("none", "fp32", "bf16", "v3", "v3_pow2", "per_tensor_current", "per_tensor_delayed",
@@ -254,6 +328,16 @@ class Runtime:
   layer_unroll: int = 1  # layers unrolled per iteration of the scan; 0 unrolls all
   head_chunk: int = 1024  # tokens whose logits exist at once in the loss
   mesh: Mesh = Mesh()
+  pipeline: Pipeline = Pipeline()
+  dispatch: Dispatch = Dispatch()
+  zero: int = 0  # ZeRO stage: 1 cuts moments and master weights over all devices
+
+  @property
+  def schedule(self) -> str:
+    """The pipeline's schedule, auto resolved; "none" without a pipeline."""
+    if self.pipeline.schedule == "auto":
+      return "dualpipe_v" if self.mesh.pipe > 1 else "none"
+    return self.pipeline.schedule
 
   def __post_init__(self):
     s = "runtime"
@@ -268,6 +352,14 @@ class Runtime:
              f"{', '.join(RECIPES[1:])}")
     _positive(s, self, "head_chunk")
     _not_negative(s, self, "attention_block", "layer_unroll")
+    _require(self.zero in (0, 1), f"{s}.zero={self.zero} must be 0 or 1")
+    _require(self.schedule != "none" or self.mesh.pipe == 1,
+             f"{s}.pipeline.schedule='none' leaves {s}.mesh.pipe={self.mesh.pipe} ranks without "
+             f"work; choose one of {', '.join(SCHEDULES[2:])}")
+    sent = self.dispatch.activations or self.dispatch.gradients
+    _require(not sent or self.recipe == "none",
+             f"{s}.dispatch.activations and gradients are for {s}.recipe=none; under "
+             f"{self.recipe!r} set {s}.fp8.dispatch_x and {s}.fp8.dispatch_dy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,10 +502,17 @@ class Config:
   train: Train = Train()
 
   def __post_init__(self):
-    micro = self.data.microbatch or self.data.batch_size
-    _require(micro % self.runtime.mesh.data == 0,
-             f"runtime.mesh.data={self.runtime.mesh.data} must divide the micro-batch of {micro} "
+    micro, mesh = self.data.microbatch or self.data.batch_size, self.runtime.mesh
+    _require(micro % mesh.batch_shards == 0,
+             f"{mesh.describe('data', 'node', 'gpu')} must divide the micro-batch of {micro} "
              "sequences (data.microbatch, or data.batch_size where that is 0)")
+    _require(not self.model.moe_layers + self.model.mtp_depth
+             or self.model.moe.experts % (mesh.node * mesh.gpu) == 0,
+             f"{mesh.describe('node', 'gpu')} must divide model.moe.experts="
+             f"{self.model.moe.experts}")
+    _require(self.runtime.zero == 0 or "float8" not in (self.optim.mu_dtype, self.optim.nu_dtype),
+             "optim.mu_dtype and nu_dtype: float8 moments have tiles that runtime.zero=1 would "
+             "cut; use bfloat16, or runtime.zero=0")
     _require(self.model.mtp_depth + 2 <= self.data.sequence_length,
              f"data.sequence_length={self.data.sequence_length} is too short for "
              f"model.mtp_depth={self.model.mtp_depth}; use at least {self.model.mtp_depth + 2}")

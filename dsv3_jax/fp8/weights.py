@@ -168,6 +168,13 @@ def with_masters(prepared: Any, params: Any, amax: Any = None) -> Any:
   return jax.tree_util.tree_map_with_path(put, prepared, params, is_leaf=is_weight)
 
 
+def without_masters(prepared: Any) -> Any:
+  """`prepared` without the masters and what is no weight of a recipe; for `with_masters` alone."""
+  is_weight = lambda x: isinstance(x, Weight)
+  return jax.tree.map(lambda w: dataclasses.replace(w, master=None) if is_weight(w) else
+                      jnp.zeros(w.shape[:1]), prepared, is_leaf=is_weight)
+
+
 def value(held: Held) -> jax.Array:
   """fp32 values of an operand."""
   return held.dequantize() if isinstance(held, QTensor) else held.astype(jnp.float32)

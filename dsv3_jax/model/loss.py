@@ -78,12 +78,12 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
     runtime: dtypes and implementations.
     denominator: main targets of the global batch.
     share: this micro-batch's share of the global batch's sequences.
-    axes: mesh axes that shard the batch.
+    axes: mesh axes that shard the batch (see `Transformer.hidden`).
 
   Returns:
     fp32 scalar, and additive fp32 metrics: loss_sum, mtp_loss_sum [K], tokens, mtp_tokens [K],
-    correct, counts_LE, and the balance losses, unweighted, times share, 0 where their weight is:
-    balance (sequence-wise), batch_balance, expert_balance.
+    correct, counts_LE, dropped (token-expert pairs), and the balance losses, unweighted, times
+    share, 0 where their weight is: balance (sequence-wise), batch_balance, expert_balance.
   """
   K = model.cfg.mtp_depth
   tokens_BS = batch["tokens"]
@@ -116,10 +116,11 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
     for name, kind in BALANCES.items():
       balances[name] = getattr(hidden.stats, kind).sum() * share
       total += getattr(loss, kind) * balances[name]
-  counts_LE = jnp.zeros((0, model.cfg.moe.experts)) if hidden.stats is None else (
-      hidden.stats.counts_E)
+  counts_LE, dropped = jnp.zeros((0, model.cfg.moe.experts)), jnp.zeros(())
+  if hidden.stats is not None:
+    counts_LE, dropped = hidden.stats.counts_E, hidden.stats.dropped.sum()
   return total, jax.lax.stop_gradient({
       "loss_sum": sums[0], "mtp_loss_sum": jnp.stack(sums[1:]) if K else jnp.zeros((0,)),
       "tokens": predicted[0][1].sum(),
       "mtp_tokens": jnp.stack([w.sum() for _, w in predicted[1:]]) if K else jnp.zeros((0,)),
-      "correct": corrects[0], "counts_LE": counts_LE, **balances})
+      "correct": corrects[0], "counts_LE": counts_LE, "dropped": dropped, **balances})

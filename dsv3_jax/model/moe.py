@@ -16,6 +16,7 @@ of D; the sum in `collect` is then unweighted.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,9 +27,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config, ops
 from dsv3_jax.fp8 import grouped, weights
-from dsv3_jax.fp8.recipe import Recipe
+from dsv3_jax.fp8.qtensor import QTensor
+from dsv3_jax.fp8.quantize import FLOOR, quantize
+from dsv3_jax.fp8.recipe import Recipe, parse
 from dsv3_jax.model import layers, routing
-from dsv3_jax.parallel import dispatch, hops, rounds
+from dsv3_jax.parallel import dispatch, hops, payload, rounds
+from dsv3_jax.parallel import mesh as mesh_lib
+
+_GRADIENT_FLOOR = 1e-30  # gradients may all be tiny; see fp8/recipe.py
 
 
 class Plan(NamedTuple):
@@ -165,6 +171,38 @@ def _unseen(w):
   if not isinstance(w, weights.Weight):
     return w
   return dataclasses.replace(w, amax=jax.lax.stop_gradient(w.amax))
+
+
+def expert_settings(cfg: config.MoE, runtime: config.Runtime, axes: tuple[str, ...]
+                    ) -> dispatch.Settings | None:
+  """How tokens reach their experts, for `MoECall.expert`; None where all experts are here.
+
+  Args:
+    cfg: of the layers.
+    runtime: `dispatch` and `mesh` are read.
+    axes: mesh axes that shard the batch; `node` and `gpu` among them cut the experts.
+  """
+  cut = tuple(a for a in mesh_lib.EXPERTS if a in axes)
+  if not cut:
+    return None
+  given = dataclasses.asdict(runtime.dispatch)
+  wire = payload.Wire(_codec(given.pop("activations"), FLOOR),
+                      _codec(given.pop("gradients"), _GRADIENT_FLOOR), given.pop("combine"))
+  if len(cut) == 1 and given["form"] == "two_hop":
+    given["form"] = "flat"  # one hop is all there is
+  # Groups are nodes' experts, or parts of them, wherever the nodes divide them.
+  limit = cfg.active_groups if cfg.groups % runtime.mesh.node == 0 else 0
+  return dispatch.Settings(axes=cut, limit=limit, wire=wire, **given)
+
+
+@functools.cache  # static arguments must compare equal
+def _codec(text: str, floor: float) -> payload.Codec | None:
+  if not text:
+    return None
+  operand = parse(text)
+  encode = functools.partial(quantize, format=operand.format, tile=operand.tile,
+                             scale=operand.scale, floor=floor)
+  return payload.Codec(encode, QTensor.dequantize)
 
 
 class MoELayer(nnx.Module):

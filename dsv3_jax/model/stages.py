@@ -22,15 +22,16 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax import config
+from dsv3_jax.fp8 import weights as weights_lib
 from dsv3_jax.fp8.recipe import resolve
 from dsv3_jax.model import cross_entropy, layers, remat, rope
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model.block import Block, BlockCall
-from dsv3_jax.model.moe import MoECall
+from dsv3_jax.model.moe import MoECall, expert_settings
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.routing import RouterBias
 from dsv3_jax.model.transformer import shift
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import placement, sharding
 from dsv3_jax.parallel.pipeline import Result
 from dsv3_jax.parallel.schedules.ops import Route
 
@@ -95,30 +96,64 @@ def slots(kinds: Sequence[Kind], routes: Sequence[Route]) -> dict[str, np.ndarra
   return found
 
 
-def take(stacks: dict[str, Any], where: dict[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
-  """Layers from their stacks, leaves [L, ...], into slots: a tuple of trees, leaves [R, C, ...].
+def take(stacks: dict[str, Any], homes: dict[str, Any], where: dict[str, np.ndarray]
+         ) -> dict[str, tuple[Any, ...]]:
+  """This rank's layers for use, inside shard_map: stack -> slot -> tree, leaves [C, ...].
 
-  A slot without a layer holds some other layer, which no stage reads.
+  Args:
+    stacks: leaves [L, ...] at home (`parallel/placement.py`).
+    homes: of the leaves.
+    where: of `slots`. A slot without a layer holds some other layer, which no stage reads.
   """
-  return {stack: tuple(jax.tree.map(lambda a, n=n: a[np.maximum(n, 0)], stacks.get(stack, {}))
-                       for n in numbers) for stack, numbers in where.items()}
+  found = {}
+  for stack, numbers in where.items():
+    layers, C = _by_rank(numbers), numbers.shape[2]
+
+    def leaf(x, home, layers=layers, C=C):
+      rows = placement.take(x, home, layers)
+      return [rows[n:n + C] for n in range(0, rows.shape[0], C)]
+
+    if len(numbers):
+      trees = jax.tree.map(leaf, stacks[stack], homes[stack])
+      found[stack] = tuple(jax.tree.transpose(
+          jax.tree.structure(stacks[stack]), jax.tree.structure([0] * len(numbers)), trees))
+    else:
+      found[stack] = ()
+  return found
 
 
-def put(in_slots: dict[str, tuple[Any, ...]], where: dict[str, np.ndarray]) -> dict[str, Any]:
-  """The reverse for gradients and statistics: a layer's values, summed where it lies twice."""
-  def back(numbers):
-    flat = numbers.reshape(-1)
-    used = np.flatnonzero(flat >= 0)
+def put(in_slots: dict[str, tuple[Any, ...]], homes: dict[str, Any], where: dict[str, np.ndarray],
+        axes: tuple[str, ...]) -> dict[str, Any]:
+  """The reverse for gradients: summed over devices and over copies of a layer, at home.
 
-    def leaf(*slots):
-      rows = jnp.stack(slots).reshape(flat.size, *slots[0].shape[2:])[used]
-      zeros = jnp.zeros((flat.max() + 1, *rows.shape[1:]), rows.dtype)
-      return zeros.at[flat[used]].add(rows)
+  `axes` are those over which the gradients differ (`placement.summed`).
+  """
+  found = {}
+  for stack, numbers in where.items():
+    layers, depth = _by_rank(numbers), int(numbers.max(initial=-1)) + 1
 
-    return leaf
+    def leaf(home, *slots, layers=layers, depth=depth):
+      return placement.put(jnp.concatenate(slots), home, layers, depth, axes)
 
-  return {stack: jax.tree.map(back(where[stack]), *trees)
-          for stack, trees in in_slots.items() if trees}
+    if len(numbers):
+      found[stack] = jax.tree.map(leaf, homes[stack], *in_slots[stack])
+  return found
+
+
+def _by_rank(numbers: np.ndarray) -> np.ndarray:
+  """[slots, R, C] to [R, slots * C]."""
+  return numbers.transpose(1, 0, 2).reshape(numbers.shape[1], -1)
+
+
+def gather(in_slots: Sequence[Any], numbers: np.ndarray, maximum: bool = False) -> Any:
+  """Statistics of a stack's layers, leaves [C, ...] for each slot, to [L, ...] on every rank.
+
+  `maximum`: copies of a layer give their largest value, at least 0, in place of their sum.
+  """
+  layers, depth = _by_rank(numbers), int(numbers.max()) + 1
+  return jax.tree.map(
+      lambda *slots: placement.gather_layers(jnp.concatenate(slots), layers, depth, maximum),
+      *in_slots)
 
 
 def shared(params: dict[str, Any]) -> dict[str, Any]:
@@ -129,25 +164,27 @@ def shared(params: dict[str, Any]) -> dict[str, Any]:
 class Stages:
   """The stages' functions for one step. All arrays that it holds are constants of the step.
 
+  A stage's `own` is {"params": stack -> slot -> tree, "amax": the same}, its `fixed` {"buffers",
+  "prepared"}; amax and prepared are empty where there is no recipe, or none with a history. Its
+  `shared` are the model's parameters outside the stacks, and "mtp_amax".
+
   Args:
     cfg: the model.
     weights: of the balance losses.
-    runtime: dtypes and implementations; no recipe.
+    runtime: dtypes, implementations and recipe.
     slots: MoE layers for which each stage's statistics have room.
-    mtp_buffers: router biases of the MTP modules, leaves [K, ...]; None without MTP.
+    mtp: fixed of the MTP modules, {"buffers", "prepared"} with leaves [K, ...].
     mtp_weight, denominator, share: see `loss.loss_fn`.
-    axes: mesh axes that shard the batch.
+    axes: mesh axes that shard the batch, and the experts (`Transformer.hidden`).
   """
 
   def __init__(self, cfg: config.Model, weights: config.Loss, runtime: config.Runtime, *,
-               slots: int, mtp_buffers: Any, mtp_weight: Any, denominator: Any, share: Any,
+               slots: int, mtp: Any, mtp_weight: Any, denominator: Any, share: Any,
                axes: tuple[str, ...] = ()):
     self.cfg, self.weights, self.runtime, self.slots = cfg, weights, runtime, slots
-    self.mtp_buffers, self.mtp_weight, self.axes = mtp_buffers, mtp_weight, axes
+    self.mtp, self.mtp_weight, self.axes = mtp, mtp_weight, axes
     self.denominator, self.share = denominator, share
-    if resolve(runtime) is not None:
-      raise ValueError(f"runtime.recipe={runtime.recipe}: the pipeline has no FP8 recipes yet; use "
-                       "none")
+    self.recipe = resolve(runtime)
     graph = lambda make: nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param,
                                    RouterBias)[0]
     self._block = {stack: graph(lambda rngs, s=stack: Block(cfg, moe=s == "moe", rngs=rngs))
@@ -172,7 +209,8 @@ class Stages:
                     if segments_BT is None else rope.positions_from_segments(segments_BT))
     cos, sin = rope.rope_table(self.cfg.attention, positions_BT)
     valid_BT = loss_lib.not_padding(data)[:, :T]
-    moe = MoECall(valid_BT, self.weights, self.axes, self.runtime.gemm)
+    moe = MoECall(valid_BT, self.weights, self.axes, self.runtime.gemm, self.recipe,
+                  expert_settings(self.cfg.moe, self.runtime, self.axes))
     return BlockCall(cos, sin, segments_BT, moe, self.runtime)
 
   def _stage(self, kind: Kind, own: Any, shared: Any, fixed: Any, data: dict[str, jax.Array],
@@ -181,24 +219,32 @@ class Stages:
     step = remat.wrap_step(lambda block, x_BTD, _: block(x_BTD, call), self.runtime.remat)
     for stack in STACKS:
       for slot in range(getattr(kind, stack)):
-        block = nnx.merge(self._block[stack], own[stack][slot], fixed[stack][slot])
+        at = lambda tree, none=None, s=stack, n=slot: tree[s][n] if tree and s in tree else none
+        params = self._weights(at(own["params"]), at(fixed["prepared"]), at(own["amax"]))
+        block = nnx.merge(self._block[stack], params, at(fixed["buffers"], {}))
         x_BTD, stats = step(block, x_BTD, None)
         found += [stats] if stats is not None else []
     E, K = self.cfg.moe.experts, self.cfg.mtp_depth
     counts = [s.counts_E for s in found] + [jnp.zeros(E)] * (self.slots - len(found))
     zero = jnp.zeros(())
-    stats = {"loss_sum": zero, "mtp_loss_sum": jnp.zeros(K), "tokens": zero,
+    dropped = sum((s.dropped for s in found), zero)
+    stats = {"dropped": dropped, "loss_sum": zero, "mtp_loss_sum": jnp.zeros(K), "tokens": zero,
              "mtp_tokens": jnp.zeros(K), "correct": zero, "counts": tuple(counts),
              "mtp_counts_KE": jnp.zeros((K, E))}
     objective, y_BTD, early = zero, x_BTD, {}
     if kind.last:
       y_BTD, (objective, ended, early, more) = None, self._end(shared, data, x_BTD, call)
       stats |= ended
+      stats["dropped"] += sum((s.dropped for s in more), zero)
       found += more
     for name, field in loss_lib.BALANCES.items():
       stats[name] = sum((getattr(s, field) for s in found), zero) * self.share
       objective += getattr(self.weights, field) * stats[name]
     return Result(y_BTD, objective, jax.lax.stop_gradient(stats), early)
+
+  def _weights(self, params: Any, prepared: Any, amax: Any) -> Any:
+    """Parameters as layers take them: under a recipe, quantized and with these masters."""
+    return params if self.recipe is None else weights_lib.with_masters(prepared, params, amax)
 
   def _end(self, shared, data, x_BTD, call: BlockCall):
     """Objective, statistics and head's gradient after the last layer, and MTP's MoEStats."""
@@ -210,7 +256,9 @@ class Stages:
     unmasked = {name: x for name, x in data.items() if name != "mask"}
     for k in range(1, K + 1):
       at_depth = lambda tree, k=k: jax.tree.map(lambda a: a[k - 1], tree)
-      module = nnx.merge(self._mtp, at_depth(shared["mtp"]), at_depth(self.mtp_buffers))
+      params = self._weights(*map(at_depth, (shared["mtp"], self.mtp["prepared"],
+                                             shared.get("mtp_amax"))))
+      module = nnx.merge(self._mtp, params, at_depth(self.mtp["buffers"]))
       depth_call = call._replace(moe=call.moe._replace(valid_BT=loss_lib.targets(unmasked, k)[1]))
 
       def step(module, deep_BTD, embedded_BTD, depth_call=depth_call):

@@ -19,7 +19,7 @@ from dsv3_jax import config
 from dsv3_jax.fp8.recipe import resolve
 from dsv3_jax.model import layers, remat, rope
 from dsv3_jax.model.block import Block, BlockCall, scan, stack
-from dsv3_jax.model.moe import MoECall, MoEStats
+from dsv3_jax.model.moe import MoECall, MoEStats, expert_settings
 from dsv3_jax.model.mtp import MTPModule
 
 
@@ -108,7 +108,8 @@ class Transformer(nnx.Module):
       valid_BT: fp32 0/1, positions that count in routing statistics; None: all.
       mtp_valid_KBT: the same for each MTP depth; None: all positions but the last k of depth k.
       balance: losses with a positive weight are computed.
-      axes: mesh axes that shard the batch.
+      axes: mesh axes that shard the batch; those among them named `node` and `gpu` also cut the
+        routed experts, of whose weights only this device's are here.
       runtime: dtypes and implementations.
     """
     B, S, _ = embedded_BSD.shape
@@ -119,7 +120,8 @@ class Transformer(nnx.Module):
       positions_BT = rope.positions_from_segments(segments_BT)
     cos, sin = rope.rope_table(self.cfg.attention, positions_BT)
     held = (self.moe if self.dense is None else self.dense).attn.held
-    moe_call = MoECall(valid_BT, balance, axes, runtime.gemm, resolve(runtime, held))
+    moe_call = MoECall(valid_BT, balance, axes, runtime.gemm, resolve(runtime, held),
+                       expert_settings(self.cfg.moe, runtime, axes))
     call = BlockCall(cos, sin, segments_BT, moe_call, runtime)
 
     def step(block, x_BTD, _):

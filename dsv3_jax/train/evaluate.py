@@ -19,14 +19,17 @@ from dsv3_jax import config
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import routing
 from dsv3_jax.parallel import mesh as mesh_lib
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import placement, sharding
 
 
 def make_evaluate(graphdef: nnx.GraphDef, cfg: config.Config,
                   mesh: jax.sharding.Mesh | None = None,
                   loss_fn: Callable = loss_lib.loss_fn) -> Callable:
-  """`sums(params, buffers, batch)`: the statistics of `loss.loss_fn` over one batch [B, T+1]."""
-  axes = () if mesh is None else (mesh_lib.DATA,)
+  """`sums(params, buffers, batch)`: the statistics of `loss.loss_fn` over one batch [B, T+1].
+
+  On a mesh every rank of a pipeline computes the same.
+  """
+  axes = mesh_lib.several(mesh, mesh_lib.BATCH)
 
   def local(params, buffers, batch):
     model = nnx.merge(graphdef, params, buffers)
@@ -36,9 +39,14 @@ def make_evaluate(graphdef: nnx.GraphDef, cfg: config.Config,
 
   if mesh is None:
     return jax.jit(local)
-  rep = PartitionSpec()
-  return jax.jit(jax.shard_map(local, mesh=mesh, out_specs=rep,
-                               in_specs=(rep, rep, sharding.spec("tokens_BS"))))
+  rep, where = PartitionSpec(), sharding.batch_sharding(mesh, ndim=2)
+
+  def sums(params, buffers, batch):
+    experts = placement.specs(placement.places(params, mesh, zero=False))
+    return jax.shard_map(local, mesh=mesh, out_specs=rep,
+                         in_specs=(experts, rep, where.spec))(params, buffers, batch)
+
+  return jax.jit(sums)
 
 
 def target_bytes(batch: dict[str, np.ndarray], token_bytes_V: np.ndarray) -> int:

@@ -121,7 +121,8 @@ class _Trainer:
     self.cfg, self.workdir, self.corpus, self.ui = cfg, workdir, corpus, ui
     train = cfg.train
     self.began = time.monotonic()
-    self.mesh = mesh_lib.make_mesh(cfg.runtime.mesh) if cfg.runtime.mesh.data > 1 else None
+    one = cfg.runtime.mesh.devices == 1 and cfg.runtime.schedule == "none"
+    self.mesh = None if one else mesh_lib.make_mesh(cfg.runtime.mesh)
     self.schedule = schedules.batch_schedule(cfg.data, train.tokens)
     self.lr = schedules.learning_rate(cfg.optim, train.tokens)
     self.bias_speed = schedules.bias_speed(cfg.loss, train.tokens)
@@ -174,8 +175,7 @@ class _Trainer:
     self.evaluates = self.validation_bytes > 0
     if train.eval_every and not self.evaluates:
       ui.note("no text is held out (data.validation_fraction): the run is not evaluated")
-    where = None if self.mesh is None else jax.sharding.NamedSharding(
-        self.mesh, sharding.spec("tokens_BS"))
+    where = None if self.mesh is None else sharding.batch_sharding(self.mesh, ndim=2)
     self.validation = [self.put(b, where) for b in self.validation_host]
     self._balances = [name for name, kind in loss_lib.BALANCES.items() if getattr(cfg.loss, kind)]
     self.numerics = (numerics_lib.make_capture(self.graphdef, cfg) if train.numerics_every
@@ -197,9 +197,12 @@ class _Trainer:
     size = self.schedule(index)
     scheduled = {"lr": self.lr(tokens, number), "bias_speed": self.bias_speed(tokens),
                  "mtp_weight": self.mtp_weight(tokens)}
-    micros = np.int32(size // self.rows) if self.micros > 1 else None
+    padded = self.micros > 1 and self.cfg.runtime.schedule == "none"
+    micros = np.int32(size // self.rows) if padded else None
     hyper = state_lib.Hyper(*map(np.float32, scheduled.values()), micros)
-    batch = step_lib.pad_micro_batches(next(self.batches), self.micros)
+    batch = next(self.batches)
+    if padded:
+      batch = step_lib.pad_micro_batches(batch, self.micros)
     self._first_micro = {k: v[0] for k, v in batch.items()}
     hyper = self.put(hyper, None if self.mesh is None else sharding.replicated(self.mesh))
     batch = self.put(batch, self._batch_sharding)

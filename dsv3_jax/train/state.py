@@ -15,9 +15,10 @@ from flax import nnx
 
 from dsv3_jax import config
 from dsv3_jax.fp8 import delayed, recipe
+from dsv3_jax.fp8.qtensor import QTensor
 from dsv3_jax.model.routing import RouterBias
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import placement, sharding
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +95,7 @@ def initializer(
   Args:
     build: constructs the model; traced, never run eagerly.
     optimizer: of `optim.make_optimizer`.
-    mesh: where the state lives, replicated; one device where None.
+    mesh: where the state lives, as `shardings` says; one device where None.
     runtime: of the run.
 
   Returns:
@@ -107,11 +108,36 @@ def initializer(
     _, params, buffers = split(build())
     return make_state(params, buffers, optimizer, runtime)
 
-  where = (jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh is None
-           else sharding.replicated(mesh))
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-                          jax.eval_shape(init))
-  # Drawn on one device and then copied: so the numbers cannot depend on the mesh.
+  shapes = jax.eval_shape(init)
+  if mesh is None:
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = jax.tree.map(lambda _: one, shapes)
+  else:
+    where = shardings(shapes, optimizer, mesh, runtime)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                          where)
+  # The generator draws the same numbers however its result is cut.
   # What runs once is not worth optimising: code generation at level 0 saves seconds.
-  compiled = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
-  return graphdef, abstract, lambda: jax.device_put(compiled(), where)
+  compiled = jax.jit(init, out_shardings=where,
+                     compiler_options={"xla_backend_optimization_level": 0})
+  return graphdef, abstract, compiled
+
+
+def shardings(state: TrainState, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh,
+              runtime: config.Runtime) -> TrainState:
+  """Where each array of the state lives, `NamedSharding`s (`parallel/placement.py`).
+
+  Parameters and their moments are cut alike; all else is replicated, FP8 moments too.
+  """
+  homes = placement.places(state.params, mesh, runtime.zero > 0)
+  rep = sharding.replicated(mesh)
+  cut = placement.shardings(homes, mesh)
+  all_rep = lambda tree: jax.tree.map(lambda _: rep, tree)
+
+  def moment(x, where):
+    return all_rep(x) if isinstance(x, QTensor) else where
+
+  opt_state = optax.tree.map_params(
+      optimizer, moment, state.opt_state, cut, transform_non_params=lambda _: rep,
+      is_leaf=lambda x: isinstance(x, QTensor))
+  return dataclasses.replace(all_rep(state), params=cut, opt_state=opt_state)

@@ -4,16 +4,19 @@
 
 A plain `jax.jit` with the state donated. The batch is [A, B, T+1]: A micro-batches are run one
 after another, their fp32 gradients summed (A == 1 has no accumulator). With a mesh, `shard_map`
-(`check_vma=True`) gives each device B / data sequences; parameters are cast to varying before
-differentiation, so that gradients stay local until one psum adds them with the statistics.
-The loss is normalised by the target tokens of the whole global batch, and expert counts are those
-of the whole global batch: neither depends on how the batch was cut.
+(`check_vma=True`) gives each device its part of the B sequences: the axes `data`, `node` and `gpu`
+cut them, and the last two routed experts besides. Parameters, at home as `parallel/placement.py`
+says, are collected and cast to varying before differentiation, so that gradients stay local until
+one sum adds them. With an axis `pipe`, or where a schedule is asked for, gradients come from
+`pipelined.gradients`. The loss is normalised by the target tokens of the whole global batch, and
+expert counts are those of the whole global batch: neither depends on how the batch was cut.
 
 A step whose loss or gradient norm is not finite changes nothing but the counters: each new value
 is selected against the old one inside the very pass that computes it (the moments' selection is in
 `optim.scale_by_adam`), so the check is free.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +33,9 @@ from dsv3_jax.fp8.recipe import resolve
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import routing
 from dsv3_jax.parallel import mesh as mesh_lib
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import placement, sharding
+from dsv3_jax.train import pipelined
+from dsv3_jax.train import state as state_lib
 from dsv3_jax.train.state import Hyper, TrainState
 
 Batch = dict[str, jax.Array]
@@ -76,21 +81,25 @@ def gradients(graphdef: nnx.GraphDef, cfg: config.Config, params: Any, buffers: 
   Under an FP8 recipe the weights are quantized here, once for all micro-batches.
 
   Args:
-    params, buffers: pure dictionaries, replicated.
-    batch: arrays [A, B, T+1], B cut over the mesh axis `data`.
+    params: pure dictionary, at home (`parallel/placement.py`); so are the gradients.
+    buffers: pure dictionary, replicated.
+    batch: arrays [A, B, T+1], B cut over `mesh.BATCH`.
     hyper: `mtp_weight` and `micro_batches` are used.
     loss_fn: `loss.loss_fn` or a stand-in of its signature.
     amax: from `delayed.assumed`, or None; the statistics' "amax" has the same form.
   """
   recipe = resolve(cfg.runtime)
-  axes = () if mesh is None else (mesh_lib.DATA,)
-  shards = 1 if mesh is None else mesh.shape[mesh_lib.DATA]
+  axes = mesh_lib.several(mesh, mesh_lib.BATCH)
+  shards = math.prod(mesh.shape[a] for a in axes)
+  homes = None if mesh is None else placement.places(params, mesh, cfg.runtime.zero > 0)
 
   def local(params, buffers, batch, hyper, amax):
     static_micros = batch["tokens"].shape[0]
     micros = static_micros if hyper.micro_batches is None else hyper.micro_batches
     share = 1.0 / (micros * shards)
     denominator = _target_tokens(batch, micros, axes, shards)
+    if homes is not None:
+      params = jax.tree.map(placement.whole, params, homes)
     params, buffers, amax = sharding.varying((params, buffers, amax), axes)
     prepared = weights.prepare(params, recipe)
 
@@ -119,17 +128,28 @@ def gradients(graphdef: nnx.GraphDef, cfg: config.Config, params: Any, buffers: 
                 jax.tree.map(jnp.maximum, total[1], found))
 
       sums, found = jax.lax.fori_loop(0, micros, add, zeros)
-    if axes:
-      sums, found = jax.lax.psum(sums, axes), jax.lax.pmax(found, axes)
     grads, aux = sums
+    if axes:
+      grads = jax.tree.map(lambda g, home: placement.summed(g, home, axes), grads, homes)
+      aux, found = jax.lax.psum(aux, axes), jax.lax.pmax(found, axes)
     return grads, aux | {"amax": found}
 
   if mesh is None:
     return local(params, buffers, batch, hyper, amax)
-  rep = PartitionSpec()
-  specs = (rep, rep, sharding.batch_sharding(mesh).spec, rep, rep)
-  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rep)(
+  rep, specs = PartitionSpec(), placement.specs(homes)
+  in_specs = (specs, rep, sharding.batch_sharding(mesh).spec, rep, rep)
+  return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(specs, rep))(
       params, buffers, batch, hyper, amax)
+
+
+def gradient_norm(grads: Any, mesh: jax.sharding.Mesh | None, zero: bool) -> jax.Array:
+  """Norm of all gradients together, fp32; on a mesh the same bits with ZeRO-1 and without."""
+  if mesh is None:
+    return optax.tree.norm(grads)
+  homes = placement.places(grads, mesh, zero)
+  sums = jax.shard_map(lambda grads: placement.square_sums(grads, homes), mesh=mesh,
+                       in_specs=(placement.specs(homes),), out_specs=PartitionSpec())
+  return jnp.sqrt(sums(grads))
 
 
 def make_train_step(
@@ -138,17 +158,26 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, dict[str, jax.Array]]]:
   """The compiled step; it donates its state.
 
+  Under a pipeline's schedule it is compiled again for each number of micro-batches, which must not
+  be padded, and `hyper.micro_batches` is None (`pipelined.plan`).
+
   Metrics, fp32 scalars unless said otherwise: loss (main cross-entropy, nats a target token),
   mtp_loss [depth], those of `loss.BALANCES`, accuracy, grad_norm (before clipping), max_vio_L,
-  counts_LE, bad (bool: this step was skipped), bad_steps (int32, in a row), skipped (int32, in the
-  run).
+  counts_LE, dropped (token-expert pairs without room), bad (bool: this step was skipped), bad_steps
+  (int32, in a row), skipped (int32, in the run).
   """
 
   def train_step(state: TrainState, batch: Batch, hyper: Hyper):
-    grads, aux = gradients(graphdef, cfg, state.params, state.buffers, batch, hyper, mesh, loss_fn,
-                           delayed.assumed(state.amax))
+    amax = delayed.assumed(state.amax)
+    if cfg.runtime.schedule == "none":
+      grads, aux = gradients(graphdef, cfg, state.params, state.buffers, batch, hyper, mesh,
+                             loss_fn, amax)
+    else:
+      plan = pipelined.plan(cfg, batch["tokens"].shape[0])
+      grads, aux = pipelined.gradients(cfg, state.params, state.buffers, batch, hyper, mesh, plan,
+                                       amax)
     with jax.named_scope("optimizer"):
-      grad_norm = optax.tree.norm(grads)
+      grad_norm = gradient_norm(grads, mesh, cfg.runtime.zero > 0)
       loss = aux["loss_sum"] / jnp.maximum(aux["tokens"], 1)
       good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params,
@@ -170,14 +199,23 @@ def make_train_step(
         "grad_norm": grad_norm,
         "max_vio_L": routing.max_vio(aux["counts_LE"]),
         "counts_LE": aux["counts_LE"],
+        "dropped": aux["dropped"],
         "bad": bad,
         "bad_steps": new.bad_steps,
         "skipped": new.skipped,
     }
     return new, metrics
 
-  out = None if mesh is None else sharding.replicated(mesh)
-  return jax.jit(train_step, donate_argnums=0, out_shardings=out)
+  if mesh is None:
+    return jax.jit(train_step, donate_argnums=0)
+
+  def placed(state: TrainState, batch: Batch, hyper: Hyper):
+    new, metrics = train_step(state, batch, hyper)
+    where = state_lib.shardings(new, optimizer, mesh, cfg.runtime)
+    return jax.lax.with_sharding_constraint(
+        (new, metrics), (where, jax.tree.map(lambda _: sharding.replicated(mesh), metrics)))
+
+  return jax.jit(placed, donate_argnums=0)
 
 
 def pad_micro_batches(batch: dict[str, Any], micros: int) -> dict[str, Any]:

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import stages
 from dsv3_jax.model.stages import Kind
+from dsv3_jax.parallel import mesh as mesh_lib
+from dsv3_jax.parallel import placement, sharding
 from dsv3_jax.parallel.schedules import make
 from dsv3_jax.parallel.split import split
 from dsv3_jax.train import state
@@ -31,26 +34,40 @@ def test_cut():
       stages.cut(cfg, 3, layers)
 
 
-@pytest.mark.parametrize("name, ranks", [("1f1b", 3), ("dualpipe", 2), ("dualpipe_v", 2)])
-def test_take_put(name, ranks):
-  """Law: layers put back are the layers taken, once for each rank that holds them; every stage has
-  its own layers in its slots."""
+@pytest.mark.parametrize("name, ranks, zero", [
+    ("1f1b", 3, False), ("dualpipe", 2, True), ("dualpipe_v", 2, True), ("dualpipe_v", 2, False)])
+def test_take_put(name, ranks, zero):
+  """Law: layers put back are the layers taken, once for each rank that holds them and each device
+  that adds to the sum; every stage has its own layers in its slots."""
   cfg = config.replace(small.BASE, layers=5, dense_layers=2)
   plan = make(name, ranks, 8)
   kinds = stages.cut(cfg, plan.stages)
   where = stages.slots(kinds, plan.routes)
-  stacks = {"dense": {"a": jnp.arange(2.0), "b": jnp.ones((2, 3))}, "moe": jnp.arange(3.0) + 10}
-  taken = stages.take(stacks, where)
-  copies = len(plan.routes)
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, copies * b),
-               stages.put(taken, where), stacks)
-  flat = [*stacks["dense"]["a"].tolist(), *stacks["moe"].tolist()]
+  mesh = mesh_lib.make_mesh(config.Mesh(pipe=ranks, data=2))
+  values = lambda *shape: jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+  stacks = {"dense": {"w_DF": values(2, 12, 3), "gain_D": values(2, 5)}, "moe": values(3, 4)}
+  homes = placement.places(stacks, mesh, zero)
+  assert (homes["dense"]["w_DF"].spec == P(None, ("data", "pipe"), None)) == (zero and ranks == 2)
+  axes = ("pipe", "data")
+
+  def local(stacks):
+    taken = stages.take(sharding.varying(stacks, axes), homes, where)
+    return jax.tree.map(lambda a: a[None], taken), stages.put(taken, homes, where, axes)
+
+  specs = placement.specs(homes)
+  taken, back = jax.jit(jax.shard_map(  # not checked: what was gathered is alike over `data`
+      local, mesh=mesh, in_specs=(specs,), out_specs=(P("pipe"), specs), check_vma=False))(stacks)
+  copies = len(plan.routes) * 2
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, copies * b), back, stacks)
   for route in plan.routes:
-    found = []
+    found = {"dense": [], "moe": []}
     for kind, (rank, chunk) in zip(kinds, route, strict=True):
-      found += [float(taken["dense"][n]["a"][rank, chunk]) for n in range(kind.dense)]
-      found += [float(taken["moe"][n][rank, chunk]) for n in range(kind.moe)]
-    assert found == flat
+      for stack, layers in found.items():
+        layers += [jax.tree.map(lambda a, r=rank, c=chunk: a[r, c], taken[stack][n])
+                   for n in range(getattr(kind, stack))]
+    jax.tree.map(np.testing.assert_array_equal, stacks,
+                 {stack: jax.tree.map(lambda *a: jnp.stack(a), *layers)
+                  for stack, layers in found.items()})
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
@@ -77,12 +94,17 @@ def test_flops(remat):
   total = np.zeros(3)
 
   def measure(params, buffers):
-    parts = stages.Stages(cfg, small.WEIGHTS, runtime, slots=1, mtp_buffers=buffers["mtp"], **given)
+    mtp = {"buffers": buffers["mtp"], "prepared": None}
+    parts = stages.Stages(cfg, small.WEIGHTS, runtime, slots=1, mtp=mtp, **given)
     shared = stages.shared(params)
     x_BTD = parts.enter(shared, data)
     for stage, kind in enumerate(kinds):
-      own, fixed = (jax.tree.map(lambda a, s=stage: a[s, 0], stages.take(tree, where))
-                    for tree in (params, buffers))
+      def layers(tree, stage=stage):
+        return {stack: tuple(jax.tree.map(lambda rows, n=n: rows[max(n, 0)], tree.get(stack, {}))
+                             for n in numbers[:, stage, 0]) for stack, numbers in where.items()}
+
+      own = {"params": layers(params), "amax": {}}
+      fixed = {"buffers": layers(buffers), "prepared": None}
       function = parts.functions(kinds)[kind]
 
       def of(weights, fixed, data, x, function=function):

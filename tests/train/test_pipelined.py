@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from dsv3_jax import config
-from dsv3_jax.model import stages
-from dsv3_jax.parallel.schedules import make
+from dsv3_jax.parallel import mesh as mesh_lib
+from dsv3_jax.parallel import placement
 from dsv3_jax.train import pipelined, state, step
 from tests import quick
 from tests.model import small
@@ -24,7 +23,10 @@ MODELS = {
 }
 
 
-def tokens(microbatches, B=2):
+B = 4  # sequences of a micro-batch, all devices together
+
+
+def tokens(microbatches):
   draw = np.random.default_rng(5)
   return {"tokens": jnp.asarray(draw.integers(23, size=(microbatches, B, 9)), jnp.int32),
           "mask": jnp.asarray(draw.random((microbatches, B, 9)) < 0.8)}
@@ -44,42 +46,53 @@ def expected(name, microbatches):
       params, buffers, tokens(microbatches))
 
 
-def check(name, schedule, ranks, microbatches, unit=False, layers=None, shards=None):
+def check(name, schedule, mesh, microbatches, layers=(), runtime=(), tolerance=1e-5):
   """The pipeline's gradients and statistics against those of one device."""
   _, cfg, params, buffers = model(name)
-  plan = make(schedule, ranks, microbatches)
-  shape = {"pipe": ranks} | ({"data": shards} if shards else {})
-  mesh = jax.make_mesh(tuple(shape.values()), tuple(shape),
-                       axis_types=(AxisType.Auto,) * len(shape))
-  kinds = stages.cut(cfg.model, plan.stages, layers)
-  grads, aux = quick.jit(lambda p, b, batch: pipelined.gradients(
-      cfg, p, b, batch, HYPER, mesh, plan, kinds, unit))(params, buffers, tokens(microbatches))
-  want, want_aux = expected(name, microbatches)
-  want_aux = {k: v for k, v in want_aux.items() if k != "amax"}
-  assert aux.keys() == want_aux.keys()
+  mesh = config.Mesh(**mesh)
+  cfg = config.replace(cfg, **{
+      "runtime.mesh": mesh, "runtime.pipeline": {"schedule": schedule, "layers": layers},
+      "data.batch_size": B * microbatches, "data.microbatch": B, **dict(runtime)})
+  devices = mesh_lib.make_mesh(mesh)
+  plan = pipelined.plan(cfg, microbatches)
+  params = jax.device_put(params, placement.shardings(
+      placement.places(params, devices, cfg.runtime.zero > 0), devices))
+  found = quick.jit(lambda p, b, batch: pipelined.gradients(
+      cfg, p, b, batch, HYPER, devices, plan))(params, buffers, tokens(microbatches))
+  want = expected(name, microbatches)
+  strip = lambda aux: {k: v for k, v in aux.items() if k != "amax"}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(initial=0)), (grads, aux), (want, want_aux))
+      a, b, rtol=tolerance, atol=tolerance * np.abs(b).max(initial=0)),
+      (found[0], strip(found[1])), (want[0], strip(want[1])))
 
 
-@pytest.mark.parametrize("schedule, ranks, microbatches, layers, shards", [
-    ("1f1b", 2, 3, None, 2), ("zb1p", 4, 5, (2, 0, 1, 0), None), ("dualpipe_v", 2, 5, None, None)])
-def test_dense(schedule, ranks, microbatches, layers, shards):
+@pytest.mark.parametrize("schedule, mesh, microbatches, layers", [
+    ("1f1b", {"pipe": 2, "data": 2}, 3, ()), ("zb1p", {"pipe": 4}, 5, (2, 0, 1, 0)),
+    ("dualpipe_v", {"pipe": 2}, 5, ())])
+def test_dense(schedule, mesh, microbatches, layers):
   """Oracle: the sequential step's gradients and statistics, stages unequal or without a layer."""
-  check("dense", schedule, ranks, microbatches, layers=layers, shards=shards)
+  check("dense", schedule, mesh, microbatches, layers)
 
 
 def test_moe():
   """Oracle: the sequential step's gradients and statistics, balance losses and MTP among them. The
   stages: a dense layer; an MoE layer; another; MTP and head."""
-  check("moe", "zb1p", 4, 5)
+  check("moe", "zb1p", {"pipe": 4}, 5)
+
+
+def test_experts_apart():
+  """Oracle: the sequential step's; experts over node and gpu, parameters cut by ZeRO-1."""
+  check("moe", "1f1b", {"pipe": 2, "node": 2, "gpu": 2}, 3, runtime={"runtime.zero": 1})
 
 
 def test_errors():
-  """Oracle: messages that name both numbers, and what is not there yet."""
+  """Oracle: messages that name both numbers, the keys, and what to do."""
+  _, cfg, params, buffers = model("dense")
   with pytest.raises(ValueError, match="schedule is for 4 micro-batches and the batch has 3"):
-    _, cfg, params, buffers = model("dense")
-    plan = make("1f1b", 2, 4)
-    pipelined.gradients(cfg, params, buffers, tokens(3), HYPER, None, plan, ())
-  with pytest.raises(ValueError, match="recipe=v3: the pipeline has no FP8 recipes yet"):
-    stages.Stages(cfg.model, cfg.loss, config.Runtime(recipe="v3"), slots=0, mtp_buffers=None,
-                  mtp_weight=0.0, denominator=1.0, share=1.0)
+    piped = config.replace(cfg, **{"runtime.mesh.pipe": 2, "runtime.pipeline.schedule": "1f1b"})
+    pipelined.gradients(piped, params, buffers, tokens(3), HYPER, None, pipelined.plan(piped, 4))
+  with pytest.raises(config.ConfigError, match="runtime.mesh.pipe=2: dualpipe_v needs at least"):
+    pipelined.plan(config.replace(cfg, **{"runtime.mesh.pipe": 2}), 3)
+  with pytest.raises(config.ConfigError, match="runtime.pipeline.layers.*add up to the model"):
+    pipelined.plan(config.replace(cfg, **{"runtime.mesh.pipe": 2, "runtime.pipeline": {
+        "schedule": "1f1b", "layers": (1, 1)}}), 3)

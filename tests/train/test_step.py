@@ -54,7 +54,7 @@ def toy_loss(model, batch, *, loss, mtp_weight, runtime, denominator, share, axe
                  "tokens": weight_BT.sum(), "mtp_tokens": jnp.ones(1),
                  "correct": jnp.zeros(()), "balance": share * jnp.square(logits_BTV).mean(),
                  "batch_balance": share, "expert_balance": jnp.zeros(()),
-                 "counts_LE": jnp.stack([counts_E, 2 * counts_E])}
+                 "dropped": jnp.zeros(()), "counts_LE": jnp.stack([counts_E, 2 * counts_E])}
 
 
 def _tokens(shape=(1, 8, 17), seed=0) -> np.ndarray:
