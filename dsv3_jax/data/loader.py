@@ -178,25 +178,20 @@ class _RowsIterator(grain.DatasetIterator):
 class TrainIterator:
   """Batches {"tokens": int32 [A, b, S]}, with isolation also {"segments": int32 [A, b, S]}.
 
-  A = sequences of the step / micro-batch; b = rows of a micro-batch that belong to this process;
+  A = sequences of the step / micro-batch; b = rows of a micro-batch that this process wants;
   S = T + 1. Reading begins with the first `next` or with `start`.
   """
 
   def __init__(self, recipe: Recipe, corpus: str, batch_schedule: Callable[[int], int],
-               process_index: int = 0, process_count: int = 1):
+               rows: Sequence[int] | None = None):
     """Args:
       recipe: what to read and how.
       corpus: identifies the contents; a state of another corpus is refused.
       batch_schedule: step -> sequences of that step's batch, a multiple of the micro-batch.
-      process_index, process_count: this process's share of each micro-batch's rows.
+      rows: those of each micro-batch that this process wants, ascending; all where None.
     """
-    if recipe.rows % process_count:
-      raise config.ConfigError(f"a micro-batch of {recipe.rows} sequences (data.microbatch, or "
-                               f"data.batch_size where that is 0) cannot be shared by "
-                               f"{process_count} processes; make it a multiple of them")
     self._recipe, self._corpus, self._schedule = recipe, corpus, batch_schedule
-    share = recipe.rows // process_count
-    self._lanes = range(process_index * share, (process_index + 1) * share)
+    self._lanes = tuple(range(recipe.rows) if rows is None else rows)
     self._step = 0
     self._positions: dict[int, Position] | None = None
     self._feeds: list[Iterator] | None = None
@@ -287,12 +282,16 @@ class TrainIterator:
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Joins the states that all processes took at one step, for a restart on any number of them."""
+  """Joins the states that all processes took at one step, for a restart on any number of them.
+
+  Processes may share rows.
+  """
   first = dict(states[0])
   for state in states[1:]:
     if any(state[key] != first[key] for key in ("version", "corpus", "rows", "step")):
       raise ValueError("the states come from different runs or steps")
-  first["lanes"] = {lane: p for state in states for lane, p in state["lanes"].items()}
+  lanes = {lane: p for state in states for lane, p in state["lanes"].items()}
+  first["lanes"] = {lane: lanes[lane] for lane in sorted(lanes, key=int)}
   return first
 
 

@@ -7,7 +7,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,13 +24,15 @@ class Corpus:
   """Tokenized text, split into training and validation.
 
   Attributes:
+    folders: of the shards, one a source.
+    fingerprint: identifies the contents.
     tokenizer: see `Tokenizer`; token_bytes_V has the model's vocabulary size.
     summary: counts for a person: documents, tokens, bytes, train_tokens, validation_tokens,
       skipped (by reason), and note, "" or what a reader of results should know.
   """
 
   def __init__(self, data: config.Data, tokenizer: Tokenizer, folders: list[str]):
-    self.tokenizer, self._data, self._folders = tokenizer, data, tuple(folders)
+    self.tokenizer, self._data, self.folders = tokenizer, data, tuple(folders)
     self._shards = [shards_lib.Shards(f) for f in folders]
     for s in self._shards:
       s.check_tokenizer(tokenizer)
@@ -71,14 +73,18 @@ class Corpus:
       parts.append(f"left out: {tokenize.counts(s['skipped'])}")
     return "; ".join(parts + [s["note"]] * bool(s["note"]))
 
-  def train_iterator(self, batch_schedule: Callable[[int], int], process_index: int = 0,
-                     process_count: int = 1):
-    """Endless training batches: a `loader.TrainIterator`, restartable at any step."""
+  def train_iterator(self, batch_schedule: Callable[[int], int],
+                     rows: Sequence[int] | None = None):
+    """Endless training batches: a `loader.TrainIterator`, restartable at any step.
+
+    Args:
+      batch_schedule: step -> sequences of its batch.
+      rows: those of each micro-batch that are wanted; all where None.
+    """
     from dsv3_jax.data import loader
 
-    recipe = loader.Recipe(self._data, self._folders, self.tokenizer)
-    return loader.TrainIterator(recipe, self.fingerprint, batch_schedule, process_index,
-                                process_count)
+    recipe = loader.Recipe(self._data, self.folders, self.tokenizer)
+    return loader.TrainIterator(recipe, self.fingerprint, batch_schedule, rows)
 
   def validation_batches(self, batch_size: int, limit: int = 0) -> list[dict[str, np.ndarray]]:
     """Fixed batches of held-out text, without FIM and token cuts.
@@ -192,6 +198,17 @@ def prepare(data: config.Data, vocab_size: int, workdir: str,
   except OSError as error:
     raise ConfigError(f"the workdir {workdir} cannot be written: {error}") from None
   return Corpus(data, tokenizer, folders)
+
+
+def reopen(data: config.Data, vocab_size: int, workdir: str, folders: Sequence[str]) -> Corpus:
+  """The corpus that `prepare` has made ready in another process; needs no source.
+
+  Args:
+    data, vocab_size, workdir: as `prepare`'s.
+    folders: of that corpus, absolute or relative to the workdir.
+  """
+  tokenizer = Tokenizer.load(os.path.join(workdir, "tokenizer.json"), vocab_size)
+  return Corpus(data, tokenizer, [os.path.join(workdir, folder) for folder in folders])
 
 
 def _tokenizer(data: config.Data, vocab_size: int, workdir: str,

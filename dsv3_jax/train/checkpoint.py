@@ -9,6 +9,10 @@ shardings asked for, whatever mesh wrote them. A save goes to `00000200.tmp` and
 complete, so a folder with a plain number is a whole checkpoint unless its disk failed, which the
 sizes and sums tell. Saving blocks the training thread only to hand over a copy of the state.
 
+Several processes write and read their own parts of the arrays, on a file system that all share; all
+else, the sums and the rename included, is process 0's. Orbax compares paths with a collective and
+meets at barriers, so there a save begins in the training thread, at the same step everywhere.
+
 Local file systems (or mounted ones) only: the atomic rename is the file system's.
 """
 
@@ -18,7 +22,6 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +29,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dsv3_jax import files
+from dsv3_jax.parallel import hosts
+from dsv3_jax.train import processes
 from dsv3_jax.train.ema import snapshot
 from dsv3_jax.train.state import TrainState
 
@@ -39,7 +44,7 @@ class CheckpointError(RuntimeError):
 
 class Restored(NamedTuple):
   state: TrainState
-  ema: Any  # nested dict of numpy arrays, or None
+  ema: Any  # the averaged parameters, or None
   meta: dict[str, Any]
 
 
@@ -149,14 +154,22 @@ class Checkpoints:
     workdir: the run's folder.
     keep_last: newest checkpoints kept.
     keep_best: checkpoints kept for their validation loss besides.
+    group: the processes that share the run; all make the same calls in the same order.
   """
 
-  def __init__(self, workdir: str, keep_last: int = 2, keep_best: int = 1):
+  def __init__(self, workdir: str, keep_last: int = 2, keep_best: int = 1,
+               group: processes.Alone | None = None):
     self._root = os.path.join(workdir, "checkpoints")
+    self._group = group or processes.Alone()
     self._keep_last = keep_last
     self._keep_best = keep_best
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: concurrent.futures.Future | None = None
+    if self._group.first:
+      self._clean()
+
+  def _clean(self) -> None:
+    """Makes the folder, and removes what a run left in it that was ended."""
     os.makedirs(self._root, exist_ok=True)
     unfinished = []
     for name in sorted(os.listdir(self._root)):
@@ -182,7 +195,7 @@ class Checkpoints:
     Args:
       state: the training state; saved with its global shapes.
       meta: JSON-able; "step" and "val_loss" (or None) are used here.
-      ema: gives (tree of numpy arrays or None, updates).
+      ema: gives (tree of `hosts.parts` or None, updates).
 
     Raises:
       CheckpointError: this save does not fit on the disk, or the previous one failed.
@@ -190,49 +203,65 @@ class Checkpoints:
     self.wait()
     step = meta["step"]
     parts = _parts(state)
-    needed = sum(x.nbytes for x in jax.tree.leaves(parts))
-    if ema is not None:
-      needed += sum(x.nbytes for x in parts["params"].values())
-    free = shutil.disk_usage(self._root).free
-    if free < needed:
-      raise self._error(step, f"it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
     temporary = _folder(self._root, step) + ".tmp"
 
-    def start(parts: dict[str, Any]) -> Any:
+    def start(folder: str, parts: dict[str, Any]) -> Any:
       with _save_context():
-        return ocp.save_checkpointables_async(os.path.join(temporary, "arrays"), parts)
+        return ocp.save_checkpointables_async(os.path.join(temporary, folder), parts)
+
+    def start_ema() -> tuple[Any, dict[str, Any]]:
+      if ema is None:
+        return None, {}
+      values, updates = ema.result()
+      if values is not None:
+        values = hosts.join(values, state.params) if self._group.count > 1 else values
+        values = start("ema", {"params": flatten(values)})
+      return values, {"ema_updates": updates}
 
     # On a CPU, host memory and device memory are one and Orbax would read buffers that the next
     # step overwrites: copy first, and hand over in the background. Elsewhere Orbax copies to the
     # host before it returns.
     on_cpu = next(iter(jax.tree.leaves(parts)[0].devices())).platform == "cpu"
+    late = on_cpu and self._group.count == 1
     try:
-      os.makedirs(temporary)  # a disk that takes nothing says so here
-      begun = snapshot(parts) if on_cpu else start(parts)
+      if self._group.first:
+        self._check_room(step, parts, ema is not None)
+        os.makedirs(temporary)  # a disk that takes nothing says so here
+      begun = snapshot(parts) if on_cpu else parts
+      begun = begun if late else start("arrays", begun)
+      averaged = start_ema() if self._group.count > 1 else None
     except Exception as e:
       raise self._error(step, e) from e
 
     def finish() -> None:
       try:
-        (start(begun) if on_cpu else begun).result()
-        extra = dict(meta)
-        if ema is not None:
-          values, extra["ema_updates"] = ema.result()
-          if values is not None:
-            with _save_context():
-              ocp.save_checkpointables(os.path.join(temporary, "ema"), {"params": flatten(values)})
-        extra["files"] = _inventory(temporary)
-        files.write_atomic(os.path.join(temporary, _SIDECAR), json.dumps(extra))
+        (start("arrays", begun) if late else begun).result()
+        began, more = averaged or start_ema()
+        if began is not None:
+          began.result()
+        if not self._group.first:
+          return
+        files.write_atomic(os.path.join(temporary, _SIDECAR),
+                           json.dumps(meta | more | {"files": _inventory(temporary)}))
         final = _folder(self._root, step)
         if os.path.exists(final):
           self._delete(step)
         os.replace(temporary, final)
         self._retain()
       except BaseException as e:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if self._group.count == 1:  # others may still be writing
+          shutil.rmtree(temporary, ignore_errors=True)
         raise self._error(step, e) from e
 
     self._pending = self._pool.submit(finish)
+
+  def _check_room(self, step: int, parts: dict[str, Any], ema: bool) -> None:
+    needed = sum(x.nbytes for x in jax.tree.leaves(parts))
+    if ema:
+      needed += sum(x.nbytes for x in parts["params"].values())
+    free = shutil.disk_usage(self._root).free
+    if free < needed:
+      raise self._error(step, f"it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
 
   def poll(self) -> None:
     """Raises the error of a save that has failed meanwhile; never waits."""
@@ -299,6 +328,15 @@ class Checkpoints:
     Raises:
       CheckpointError: there are checkpoints, or were, and none is whole.
     """
+    newest = self._newest() if self._group.first else None
+    newest = json.loads(self._group.share("checkpoint", json.dumps(newest)))
+    if newest is None:
+      return None
+    folder = _folder(self._root, newest)
+    return self._load(folder, _read_sidecar(folder), abstract)
+
+  def _newest(self) -> int | None:
+    """The step of the newest whole checkpoint; see `restore`."""
     for step in reversed(self.steps()):
       folder = _folder(self._root, step)
       try:
@@ -307,7 +345,7 @@ class Checkpoints:
       except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
         damage = f"its {_SIDECAR} is not whole: {type(e).__name__}: {e}"
       if damage is None:
-        return self._load(folder, meta, abstract)
+        return step
       earlier = [s for s in self.steps() if s < step]
       use = f"using step {earlier[-1]}" if earlier else "there is no earlier one"
       aside = folder + _DAMAGED
@@ -336,11 +374,13 @@ class Checkpoints:
                        **counters, amax=unflatten(arrays.get("amax", {}), abstract.amax))
     ema = None
     if os.path.isdir(os.path.join(folder, "ema")):
-      ema = nest(_load_part(os.path.join(folder, "ema"), "params", np.asarray))
+      averaged = ocp.load_checkpointables(os.path.join(folder, "ema"),
+                                          {"params": flatten(abstract.params)})
+      ema = unflatten(averaged["params"], abstract.params)
     return Restored(state, ema, meta)
 
 
-def _load_part(folder: str, part: str, convert: Callable = lambda x: x) -> dict[str, Any]:
+def _load_part(folder: str, part: str) -> dict[str, Any]:
   """One checkpointable on this process's first device, by the shapes that the folder states.
 
   Empty where the folder has none, as the router biases of a model without experts.
@@ -351,8 +391,7 @@ def _load_part(folder: str, part: str, convert: Callable = lambda x: x) -> dict[
   metadata = ocp.checkpointables_metadata(folder).metadata[part]
   abstract = {k: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device)
               for k, m in metadata.items()}
-  arrays = ocp.load_checkpointables(folder, {part: abstract})[part]
-  return {k: convert(v) for k, v in arrays.items()}
+  return ocp.load_checkpointables(folder, {part: abstract})[part]
 
 
 def load_params(workdir: str, step: int | None = None, ema: bool = False) -> tuple[Any, Any, dict]:

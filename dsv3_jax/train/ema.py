@@ -7,6 +7,8 @@ waits. The average is the bias-corrected one,
     e_j = e_{j-1} + w_j (p_j - e_{j-1}),   w_j = (1 - d) / (1 - d^j),   d = decay ** every,
 
 for which the first value is the parameters themselves and no start value leaks into short runs.
+
+Where processes share the devices, each averages what its own hold (`parallel.hosts.parts`).
 """
 
 import concurrent.futures
@@ -17,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dsv3_jax.parallel import hosts
 
 _BLOCK = 1 << 16  # elements at a time: the three passes of one block stay in cache
 
@@ -40,6 +44,11 @@ def fold(average: np.ndarray, value: np.ndarray, weight: float) -> None:
     np.add(part, delta, out=part)
 
 
+def _copy(tree: Any) -> Any:
+  """What this process has of a tree's arrays, float32, its own."""
+  return jax.tree.map(lambda x: np.array(x, np.float32), jax.tree.map(hosts.parts, tree))
+
+
 class HostEma:
   """The average and its thread.
 
@@ -53,8 +62,7 @@ class HostEma:
   def __init__(self, decay: float, every: int = 1, values: Any = None, updates: int = 0):
     self._decay = decay**every
     self._every = every
-    self._values = None if values is None else jax.tree.map(
-        lambda x: np.array(x, np.float32), values)
+    self._values = None if values is None else _copy(values)
     self._updates = updates
     self._error: BaseException | None = None
     self._queue: queue.Queue = queue.Queue(maxsize=2)
@@ -70,7 +78,7 @@ class HostEma:
   def result(self) -> concurrent.futures.Future:
     """A future of (copy of the average, updates in it), as of everything submitted so far.
 
-    The average is None while no update was made.
+    The average is None while no update was made, otherwise a tree of `hosts.parts`.
     """
     self._raise()
     future: concurrent.futures.Future = concurrent.futures.Future()
@@ -106,9 +114,9 @@ class HostEma:
     if bool(np.asarray(bad)):
       return
     self._updates += 1
-    host = jax.tree.map(np.asarray, params)
     if self._values is None:
-      self._values = jax.tree.map(lambda x: np.array(x, np.float32), host)
+      self._values = _copy(params)
       return
+    host = jax.tree.map(hosts.parts, params)
     weight = (1 - self._decay) / (1 - self._decay**self._updates)
     jax.tree.map(lambda average, value: fold(average, value, weight), self._values, host)

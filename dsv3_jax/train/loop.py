@@ -11,6 +11,9 @@ The devices are kept busy by dispatching step n before the numbers of step n - 1
 loop's own work hides behind the step. A resumed run repeats the uninterrupted one bit for bit:
 state, EMA, data position and tokens come from the checkpoint, metrics.jsonl is cut back to its
 step, and everything else is a function of the step number.
+
+Several processes (`processes.py`) run this same loop side by side, each with the rows of the batch
+that its devices hold; what is written beside the checkpoints' arrays, process 0 writes.
 """
 
 import contextlib
@@ -38,12 +41,12 @@ from dsv3_jax import files, host
 from dsv3_jax.fp8 import delayed
 from dsv3_jax.model import counts as counts_lib
 from dsv3_jax.model import loss as loss_lib
+from dsv3_jax.parallel import hosts, sharding
 from dsv3_jax.parallel import mesh as mesh_lib
-from dsv3_jax.parallel import sharding
 from dsv3_jax.train import evaluate as evaluate_lib
 from dsv3_jax.train import metrics as metrics_lib
 from dsv3_jax.train import numerics as numerics_lib
-from dsv3_jax.train import optim, schedules
+from dsv3_jax.train import optim, processes, schedules
 from dsv3_jax.train import sample as sample_lib
 from dsv3_jax.train import state as state_lib
 from dsv3_jax.train import step as step_lib
@@ -68,6 +71,7 @@ class RunResult:
     finished: whether it reached train.tokens.
     exit_code: 0, or 128 + the signal that ended it (130 for SIGINT, 143 for SIGTERM).
     summary: what summary.json holds; empty for an interrupted run.
+    first: whether this is process 0, which writes the run's files.
   """
 
   workdir: str
@@ -76,6 +80,7 @@ class RunResult:
   finished: bool
   exit_code: int
   summary: dict[str, Any]
+  first: bool = True
 
 
 class _Signals(contextlib.AbstractContextManager):
@@ -117,12 +122,15 @@ class _Trainer:
   """What the loop holds while it runs; its methods are the loop's parts."""
 
   def __init__(self, cfg: config_lib.Config, workdir: Workdir, corpus: Any,
-               ui: metrics_lib.Silent):
-    self.cfg, self.workdir, self.corpus, self.ui = cfg, workdir, corpus, ui
+               ui: metrics_lib.Silent, group: processes.Alone):
+    self.cfg, self.workdir, self.corpus, self.ui, self.group = cfg, workdir, corpus, ui, group
     train = cfg.train
     self.began = time.monotonic()
-    one = cfg.runtime.mesh.devices == 1 and cfg.runtime.schedule == "none"
-    self.mesh = None if one else mesh_lib.make_mesh(cfg.runtime.mesh)
+    alone = cfg.runtime.mesh.devices == 1 and cfg.runtime.schedule == "none" and group.count == 1
+    self.mesh = None if alone else mesh_lib.make_mesh(cfg.runtime.mesh)
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    self._replicated = one if alone else sharding.replicated(self.mesh)
+    self._batch_sharding = one if alone else sharding.batch_sharding(self.mesh)
     self.schedule = schedules.batch_schedule(cfg.data, train.tokens)
     self.lr = schedules.learning_rate(cfg.optim, train.tokens)
     self.bias_speed = schedules.bias_speed(cfg.loss, train.tokens)
@@ -135,9 +143,11 @@ class _Trainer:
         lambda: state_lib.build_model(cfg.model, train.seed), optimizer, self.mesh, cfg.runtime)
     self.train_step = step_lib.make_train_step(self.graphdef, cfg, optimizer, self.mesh)
     self.sums = evaluate_lib.make_evaluate(self.graphdef, cfg, self.mesh)
-    self.batches = corpus.train_iterator(self.schedule, jax.process_index(), jax.process_count())
+    # Rows of a micro-batch that this process's devices hold; ranks of a pipeline hold the same.
+    self.held = hosts.rows(self._batch_sharding, (1, self.rows, 1), 1)
+    self.batches = corpus.train_iterator(self.schedule, self.held)
 
-    self.checkpoints = Checkpoints(workdir.path, train.keep_last, train.keep_best)
+    self.checkpoints = Checkpoints(workdir.path, train.keep_last, train.keep_best, group)
     restored = self.checkpoints.restore(abstract)
     self.step, self.elapsed_before = 0, 0.0
     ema, ema_updates = None, 0
@@ -154,7 +164,8 @@ class _Trainer:
       self.batches.start()
     self.ema = (HostEma(cfg.optim.ema_decay, cfg.optim.ema_every, ema, ema_updates)
                 if cfg.optim.ema_decay else None)
-    self.metrics = metrics_lib.Metrics(workdir.path, self.step, config_lib.to_dict(cfg))
+    self.metrics = (metrics_lib.Metrics(workdir.path, self.step, config_lib.to_dict(cfg))
+                    if group.first else metrics_lib.Unwritten())
     if workdir.changed and self.step:
       self.metrics.write({"kind": "config", "step": self.step, "changed": workdir.changed})
       ui.note("changed since the last start: " + ", ".join(
@@ -167,7 +178,6 @@ class _Trainer:
     self.was_finished = self.step >= self.schedule.total_steps
     self.flops_per_token = counts_lib.flops_per_token(cfg.model, cfg.data.sequence_length)
     self.peak = metrics_lib.peak_flops(1 if self.mesh is None else self.mesh.size)
-    self._batch_sharding = None if self.mesh is None else sharding.batch_sharding(self.mesh)
     self.validation_host = (corpus.validation_batches(self.rows, train.eval_batches)
                             if train.eval_every else [])
     self.validation_bytes = sum(
@@ -175,20 +185,16 @@ class _Trainer:
     self.evaluates = self.validation_bytes > 0
     if train.eval_every and not self.evaluates:
       ui.note("no text is held out (data.validation_fraction): the run is not evaluated")
-    where = None if self.mesh is None else sharding.batch_sharding(self.mesh, ndim=2)
-    self.validation = [self.put(b, where) for b in self.validation_host]
+    where = one if alone else sharding.batch_sharding(self.mesh, ndim=2)
+    self.validation = [hosts.put(b, where) for b in self.validation_host]
     self._balances = [name for name, kind in loss_lib.BALANCES.items() if getattr(cfg.loss, kind)]
     self.numerics = (numerics_lib.make_capture(self.graphdef, cfg) if train.numerics_every
                      else None)
-    self._first_micro: dict[str, np.ndarray] = {}  # of the last step
+    self._last_batch: dict[str, jax.Array] = {}
     self._rates: list[float] = []
     self._first = True
 
   # --- parts of the loop
-
-  def put(self, tree: Any, where: Any = None) -> Any:
-    """To the devices, explicitly: implicit transfers are forbidden in the loop."""
-    return jax.device_put(tree, where if self.mesh is not None else None)
 
   def dispatch(self) -> dict[str, Any]:
     """Starts the next step; returns its metrics (futures) and host-side numbers."""
@@ -203,9 +209,10 @@ class _Trainer:
     batch = next(self.batches)
     if padded:
       batch = step_lib.pad_micro_batches(batch, self.micros)
-    self._first_micro = {k: v[0] for k, v in batch.items()}
-    hyper = self.put(hyper, None if self.mesh is None else sharding.replicated(self.mesh))
-    batch = self.put(batch, self._batch_sharding)
+    # To the devices explicitly: implicit transfers are forbidden in the loop.
+    hyper = hosts.put(hyper, self._replicated)
+    batch = hosts.put_rows(batch, self._batch_sharding, self.held, self.rows, 1)
+    self._last_batch = batch if self.numerics is not None else {}
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
       self.state, metrics = self.train_step(self.state, batch, hyper)
     self.step = number
@@ -269,9 +276,11 @@ class _Trainer:
     """Writes statistics of the linear layers' FP8 numerics on the last step's first micro-batch."""
     runtime = self.cfg.runtime
     tokens = self.schedule.tokens_before(self.step)
-    one = jax.local_devices()[0]
-    batch, params, buffers, history = jax.device_put(
-        (self._first_micro, self.state.params, self.state.buffers, self.state.amax), one)
+    batch, params, buffers, history = hosts.whole(
+        (self._last_batch, self.state.params, self.state.buffers, self.state.amax), self.mesh)
+    if not self.group.first:
+      return
+    batch = {k: v[0] for k, v in batch.items()}
     taps = self.numerics(params, buffers, batch, np.float32(self.mtp_weight(tokens)))
     found = numerics_lib.operators(params, taps, self.cfg.model, delayed.assumed(history))
     recipe = "v3" if runtime.recipe == "none" else runtime.recipe
@@ -283,17 +292,19 @@ class _Trainer:
     if self.saved == self.step:
       return
     self.metrics.sync()
+    iterator = self.group.gather(f"iterator/{self.step}", json.dumps(self.batches.get_state()))
     evaluated = self.last_eval is not None and self.last_eval["step"] == self.step
     meta = {"step": self.step, "tokens": self.schedule.tokens_before(self.step),
             "elapsed_s": self.elapsed(), "val_loss": self.last_eval["loss"] if evaluated else None,
-            "iterator": self.batches.get_state(), "config": config_lib.to_dict(self.cfg)}
+            "iterator": _merged(iterator), "config": config_lib.to_dict(self.cfg)}
     self.checkpoints.save(self.state, meta, None if self.ema is None else self.ema.result())
     self.saved = self.step
 
   # --- the loop
 
   def train(self, signals: _Signals) -> None:
-    """Steps until the run's tokens are seen or a signal came; leaves a checkpoint either way."""
+    """Steps until the run's tokens are seen or a signal came to any process; leaves a checkpoint
+    either way."""
     train, total = self.cfg.train, self.schedule.total_steps
     pending: dict[str, Any] | None = None
     profiling = False
@@ -326,7 +337,7 @@ class _Trainer:
       stack.callback(stop_profile)
       # Whatever crosses between host and devices in a step does so on purpose.
       stack.enter_context(jax.transfer_guard("disallow"))
-      while self.step < total and signals.received is None:
+      while self.step < total and not self.group.stop(self.step, signals.received):
         if train.profile_from and self.step + 1 == train.profile_from:
           drain()
           jax.profiler.start_trace(self.workdir.file("profile"))
@@ -352,15 +363,19 @@ class _Trainer:
             if saving:
               self.save()
           last = time.perf_counter()
-      if signals.received is not None and self.step < total:
-        self.ui.note(f"{signal.Signals(signals.received).name}: finishing the step and saving; a "
-                     "second signal ends the run at once, without saving")
+      if self.step < total:
+        name = signal.Signals(self.group.received).name
+        self.ui.note(f"{name}: finishing the step and saving; a second signal ends the run at "
+                     "once, without saving")
       drain()
     self.save()
     self.checkpoints.wait()
 
   def summarize(self) -> dict[str, Any]:
-    """Final numbers, baselines and samples; writes summary.json."""
+    """Final numbers, baselines and samples; writes summary.json.
+
+    All processes compute the numbers; process 0 does the rest, and the others return nothing.
+    """
     cfg = self.cfg
     parameters = counts_lib.parameters(cfg.model)
     final: dict[str, Any] = {"step": self.step,
@@ -375,14 +390,19 @@ class _Trainer:
       if self.ema is not None:
         average, updates = self.ema.result().result()
         if updates:
-          where = None if self.mesh is None else sharding.replicated(self.mesh)
-          averaged = self.validate(self.put(average, where))
+          averaged = self.validate(hosts.join(average, self.state.params))
           final |= {"ema_loss": averaged["loss"], "ema_bits_per_byte": averaged["bits_per_byte"]}
+      model = (hosts.whole((self.state.params, self.state.buffers), self.mesh)
+               if cfg.train.sample_tokens else None)
+      if not self.group.first:
+        return {}
       # As much text as the validation batches hold, so that all numbers are of the same text.
       text = self.corpus.validation_text(self.validation_bytes)
       baselines = self._baselines(text)
-      if cfg.train.sample_tokens:
-        samples = self._samples(text)
+      if model is not None:
+        samples = self._samples(text, *model)
+    if not self.group.first:
+      return {}
     summary = metrics_lib.plain({
         "config_hash": hashlib.sha256(config_lib.to_json(cfg).encode()).hexdigest()[:16],
         "commit": _commit(), "versions": _versions(), "device": _device(),
@@ -410,9 +430,7 @@ class _Trainer:
                                 self.validation_bytes)
     return {"unigram": unigram, **baselines.compression(text)}
 
-  def _samples(self, text: bytes) -> list[dict[str, Any]]:
-    one = jax.local_devices()[0]
-    params, buffers = jax.device_put((self.state.params, self.state.buffers), one)
+  def _samples(self, text: bytes, params: Any, buffers: Any) -> list[dict[str, Any]]:
     tokenizer = self.corpus.tokenizer
     sampler = sample_lib.make_sampler(self.graphdef, self.cfg.runtime, tokenizer.vocab_size)
     try:
@@ -430,6 +448,15 @@ class _Trainer:
     if self.ema is not None:
       self.ema.close()
     self.metrics.close()
+
+
+def _merged(states: list[str]) -> dict[str, Any] | None:
+  """The data iterator's state of all processes' states; process 0 alone has them."""
+  if len(states) < 2:
+    return json.loads(states[0]) if states else None
+  from dsv3_jax.data import loader
+
+  return loader.merge_states([json.loads(state) for state in states])
 
 
 def _commit() -> str:
@@ -470,67 +497,96 @@ def _preparing(ui: metrics_lib.Silent) -> Callable[[str, int, int], None]:
 
 
 def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | None = None,
-        corpus: Any = None) -> RunResult:
+        corpus: Any = None, launch: processes.Launch | None = None) -> RunResult:
   """Trains until `config.train.tokens`, going on from what the workdir holds.
 
   Args:
     config: the whole run.
-    workdir: its folder; made if it does not exist.
-    ui: where progress is shown; the terminal where None (`metrics.Silent()` shows nothing).
+    workdir: its folder; made if it does not exist. Several processes must all see it.
+    ui: where progress is shown; the terminal where None (`metrics.Silent()` shows nothing), of
+      process 0.
     corpus: prepared data (see `data.pipeline.Corpus`) in place of `config.data`'s sources.
+    launch: where to find the other processes; this one is alone where None, unless
+      jax.distributed is initialized already.
 
   Returns:
-    How it ended. An interrupted run (SIGINT, SIGTERM) has saved a checkpoint; the same call goes
-    on from there.
+    How it ended, the same in all processes. An interrupted run (SIGINT, SIGTERM) has saved a
+    checkpoint; the same call goes on from there.
 
   Raises:
     WorkdirError: the workdir cannot be written, is in use, or was made by another config.
-    ConfigError: the data or the mesh cannot be had, or there are several jax processes.
+    ConfigError: the data or the mesh cannot be had.
     CheckpointError: a checkpoint could not be written, or none that is there is whole.
     DivergedError: train.max_bad_steps steps in a row were not finite.
+    ProcessError: the processes did not come together. A process that is lost later ends the
+      others (`processes.py`).
   """
   host.keep_memory()  # before the first question to jax
   use_compilation_cache()
-  if jax.process_count() > 1:
-    raise config_lib.ConfigError(
-        f"{jax.process_count()} processes: training runs in one process with the devices it sees "
-        "(runtime.mesh.data); several processes are not wired up yet")
-  ui = metrics_lib.terminal() if ui is None else ui
+  with processes.join(launch) as group:
+    ui = ui or (metrics_lib.terminal() if group.first else metrics_lib.Silent())
+    try:
+      return _run(config, workdir, ui, corpus, group)
+    finally:
+      ui.close()
+
+
+def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus: Any,
+         group: processes.Alone) -> RunResult:
   trainer = None
   try:
-    with Workdir(workdir, config) as folder, warnings.catch_warnings():
+    with Workdir(workdir, config, group) as folder, warnings.catch_warnings():
       warnings.simplefilter("always", UserWarning)
       warnings.showwarning = lambda message, *rest, **more: ui.note(f"warning: {message}")
       if corpus is None:
-        from dsv3_jax.data import apart  # after the workdir is known to be ours
-
-        corpus = apart.prepare(config.data, config.model.vocab_size, folder.path, _preparing(ui))
+        corpus = _prepared(config, folder.path, ui, group)
         ui.note(corpus.describe())
-      trainer = _Trainer(config, folder, corpus, ui)
+      trainer = _Trainer(config, folder, corpus, ui, group)
       ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
               f"{trainer.schedule.total_steps:,} steps of {config.data.batch_size} x "
               f"{config.data.sequence_length} tokens, {_device()}")
       with _Signals() as signals:
         trainer.train(signals)
-        received = signals.received
       finished = trainer.step >= trainer.schedule.total_steps
       tokens = trainer.schedule.tokens_before(trainer.step)
       if not finished:
         ui.note(f"saved step {trainer.step:,}; run the same command to go on")
-        return RunResult(folder.path, trainer.step, tokens, False, 128 + received, {})
+        return RunResult(folder.path, trainer.step, tokens, False, 128 + group.received, {},
+                         group.first)
       path = folder.file("summary.json")
-      if trainer.was_finished and os.path.exists(path):
+      known = trainer.was_finished and os.path.exists(path)
+      if json.loads(group.share("summarized", json.dumps(known))):
         with open(path) as f:
           summary = json.load(f)
       else:
-        summary = trainer.summarize()
-      return RunResult(folder.path, trainer.step, tokens, True, 0, summary)
-  except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        summary = json.loads(group.share("summary", json.dumps(trainer.summarize())))
+      return RunResult(folder.path, trainer.step, tokens, True, 0, summary, group.first)
+  except BaseException as e:
+    group.fail(e)
+    if not isinstance(e, OSError) or e.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
     raise CheckpointError(f"the disk of {workdir} is full; free some space and run the same "
                           "command to go on from the newest checkpoint") from e
   finally:
-    if trainer is not None:
+    if trainer is not None and not group.failed:
       trainer.close()
-    ui.close()
+
+
+def _prepared(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent,
+              group: processes.Alone) -> Any:
+  """The corpus: process 0 prepares it, the others open what it made."""
+  from dsv3_jax.data import apart, pipeline  # after the workdir is known to be ours
+
+  if group.first:
+    corpus = apart.prepare(config.data, config.model.vocab_size, workdir, _preparing(ui))
+    inside = os.path.join(workdir, "")
+    folders = [os.path.abspath(f).removeprefix(inside) for f in corpus.folders]
+    group.share("corpus", json.dumps([corpus.fingerprint, folders]))
+  else:
+    fingerprint, folders = json.loads(group.share("corpus", None))
+    corpus = pipeline.reopen(config.data, config.model.vocab_size, workdir, folders)
+    if corpus.fingerprint != fingerprint:
+      raise config_lib.ConfigError(f"process {group.index} reads corpus {corpus.fingerprint} under "
+                                   f"{workdir} and process 0 made {fingerprint}; the workdir must "
+                                   "be one folder, on a file system that all processes share")
+  return corpus

@@ -304,6 +304,19 @@ class Metrics:
       other.close()
 
 
+class Unwritten:
+  """The interface of `Metrics` in processes that write nothing."""
+
+  def write(self, record: dict[str, Any]) -> dict[str, Any]:
+    return plain(record)
+
+  def sync(self) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
 def load_of(counts_LE: Any) -> np.ndarray:
   """Relative expert load: 1 where an expert got its share of its layer's tokens."""
   counts_LE = np.asarray(counts_LE, np.float32)

@@ -5,9 +5,11 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from typing import Any
 
 from dsv3_jax import config, files
+from dsv3_jax.train import processes
 
 # Keys that may change when a run is resumed: what a checkpoint holds does not depend on them. Some
 # of `runtime` change the numbers, so that each change is said and kept in metrics.jsonl.
@@ -17,6 +19,7 @@ FREE = ("runtime", "data.workers", "data.prefetch", "train.log_every", "train.ev
         "train.eval_batches", "train.checkpoint_every", "train.keep_last", "train.keep_best",
         "train.max_bad_steps", "train.profile_from", "train.profile_steps",
         "train.sample_tokens")
+_SHARED_WITHIN = 30.0  # seconds until a network file system shows what another host wrote
 # Keys that decide which tokenizer a run trains.
 _TOKENIZER = ("data.", "model.vocab_size")
 
@@ -48,29 +51,35 @@ class Workdir:
   """Claims a workdir for this process and this config; a context manager.
 
   Makes the folder, takes its lock, removes what a killed process left half-written, checks the
-  config that made the folder, writes `config.json`.
+  config that made the folder, writes `config.json`. Among several processes, process 0 does that,
+  and the others look whether they see the same folder and have the same config.
 
   Attributes:
     changed: keys that changed since the folder was last trained in, with both values.
 
   Raises:
-    WorkdirError: the folder cannot be made or written, another process is training in it, or
-      another config trained in it (the differing keys are named).
+    WorkdirError: the folder cannot be made or written, another run is training in it, or another
+      config trained in it (the differing keys are named); a process of the group was started with
+      another config, or does not see the folder.
   """
 
-  def __init__(self, path: str, cfg: config.Config):
+  def __init__(self, path: str, cfg: config.Config, group: processes.Alone | None = None):
     self.path = os.path.abspath(os.path.expanduser(path))
     self.changed: Differences = {}
     self._config = cfg
+    self._group = group or processes.Alone()
     self._lock: Any = None
 
   def file(self, *names: str) -> str:
     return os.path.join(self.path, *names)
 
   def __enter__(self) -> "Workdir":
+    if not self._group.first:
+      self._follow()
+      return self
     try:
       os.makedirs(self.path, exist_ok=True)
-      self._lock = open(self.file(".lock"), "w")
+      self._lock = open(self.file(".lock"), "a")
     except OSError as e:
       why = "it is a file" if os.path.isfile(self.path) else e.strerror
       raise WorkdirError(f"cannot write to workdir {self.path}: {why}; give a --workdir that can "
@@ -89,16 +98,48 @@ class Workdir:
         self._remove_leftovers()
       self._check()
       files.write_atomic(self.file("config.json"), config.to_json(self._config) + "\n")
+      token = self._sign()
     except OSError as e:
       self.__exit__()
       raise WorkdirError(f"cannot write to workdir {self.path}: {e.strerror}") from e
     except BaseException:
       self.__exit__()
       raise
+    self._group.share("workdir", json.dumps([token, config.to_json(self._config)]))
     return self
 
   def __exit__(self, *unused) -> None:
-    self._lock.close()
+    if self._lock is not None:
+      self._lock.close()
+
+  def _sign(self) -> str:
+    """Leaves a mark in the lock's file, by which other processes know this folder."""
+    token = os.urandom(8).hex()
+    self._lock.truncate(0)
+    self._lock.write(token)
+    self._lock.flush()
+    os.fsync(self._lock.fileno())
+    return token
+
+  def _follow(self) -> None:
+    """Waits for process 0's claim and checks that it is of this folder and this config."""
+    token, text = json.loads(self._group.share("workdir", None))
+    theirs = config.from_json(text)
+    bound, free = differences(theirs, self._config)
+    if bound or free:
+      lines = [f"  {k}: {a!r} there, {b!r} here" for k, (a, b) in (bound | free).items()]
+      raise WorkdirError(f"process {self._group.index} was started with another config than "
+                         "process 0:\n" + "\n".join(lines))
+    end = time.monotonic() + _SHARED_WITHIN
+    while True:
+      with contextlib.suppress(OSError), open(self.file(".lock")) as f:
+        if f.read() == token:
+          return
+      if time.monotonic() > end:
+        raise WorkdirError(
+            f"process {self._group.index} does not see in {self.path} what process 0 wrote there; "
+            "the workdir must be one folder, on a file system that all processes share")
+      time.sleep(0.2)
 
   def _remove_leftovers(self) -> None:
     """Files and shard folders under the names that they have while they are written."""

@@ -37,8 +37,9 @@ class FakeTokenizer:
 class FakeIterator:
   """Batches that are a function of the step; arithmetic sequences, so there is much to learn."""
 
-  def __init__(self, schedule, rows: int, length: int):
+  def __init__(self, schedule, rows: int, length: int, wanted=None):
     self._schedule, self._rows, self._length = schedule, rows, length
+    self._wanted = list(range(rows) if wanted is None else wanted)
     self._step = 0
 
   def __next__(self):
@@ -48,13 +49,14 @@ class FakeIterator:
     start, stride = rng.integers(0, 58, shape), rng.integers(1, 4, shape)
     tokens = 6 + (start[..., None] + stride[..., None] * np.arange(self._length + 1)) % 58
     self._step += 1
-    return {"tokens": tokens.astype(np.int32)}
+    return {"tokens": tokens.astype(np.int32)[:, self._wanted]}
 
   def start(self):
     pass
 
   def get_state(self):
-    return {"step": self._step}
+    return {"version": 1, "corpus": "fake", "rows": self._rows, "step": self._step,
+            "lanes": {str(row): [self._step] for row in self._wanted}}
 
   def set_state(self, state):
     self._step = state["step"]
@@ -69,16 +71,16 @@ class FakeCorpus:
   def __init__(self, cfg: config.Config):
     self._data = cfg.data
 
-  def _iterator(self, schedule):
+  def _iterator(self, schedule, rows=None):
     return FakeIterator(schedule, self._data.microbatch or self._data.batch_size,
-                        self._data.sequence_length)
+                        self._data.sequence_length, rows)
 
-  def train_iterator(self, schedule, process_index=0, process_count=1):
-    return self._iterator(schedule)
+  def train_iterator(self, schedule, rows=None):
+    return self._iterator(schedule, rows)
 
   def validation_batches(self, batch_size, limit):
     batches = self._iterator(lambda step: batch_size)
-    batches._rows = batch_size
+    batches._rows, batches._wanted = batch_size, list(range(batch_size))
     batches.set_state({"step": 10**6})
     return [{"tokens": next(batches)["tokens"][0]} for _ in range(limit)]
 

@@ -176,14 +176,6 @@ def test_what_a_config_does_unseen_is_said(config, tmp_path):
   assert not (tmp_path / "profile").exists()
 
 
-def test_several_processes_are_refused(config, tmp_path, monkeypatch):
-  """Oracle: an error that says so, before the workdir exists."""
-  monkeypatch.setattr(jax, "process_count", lambda: 4)
-  with pytest.raises(config_lib.ConfigError, match="4 processes: training runs in one process"):
-    runs.run(config, tmp_path / "new")
-  assert not (tmp_path / "new").exists()
-
-
 def test_another_config_is_refused(whole, config):
   """Oracle: the key and both values in the message, before anything is touched."""
   other = config_lib.replace(config, **{"optim.lr": 0.5})
