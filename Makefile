@@ -3,6 +3,7 @@
 # make test-kernels   the kernels' tests alone (PYTHON=python3.12 VENV=.venv312 takes jax 0.11)
 # make bench   ours, peer and ratio of every benchmark
 # make sass    compile the GPU kernels without a GPU, and fail on register spills
+# make overlap compile the training step for 8 H100s without one: do all-to-alls hide?
 # make gpu     everything that wants a Hopper GPU, unattended, in under 25 minutes
 #
 # Each needs Python 3.11 or newer and nothing else: the environment is made in .venv on first use.
@@ -27,7 +28,7 @@ GPU := $(VENV)/.installed-gpu
 SASS := $(VENV)/sass
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-kernels bench lint sass gpu clean
+.PHONY: help train test test-kernels bench lint sass overlap gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -80,6 +81,9 @@ bench: $(FULL)
 
 sass: $(SASS)/.installed
 	$(BIN)/python -m pallas_kernels.sass_check $(ARGS)
+
+overlap: $(SASS)/.installed
+	$(BIN)/python -m benchmarks.overlap $(ARGS)
 
 gpu: $(if $(GPU_PYTHON),,$(if $(findstring --dry,$(ARGS)),$(BASE),$(GPU)))
 	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(ARGS)

@@ -9,4 +9,8 @@ asks the driver for little more than the device's architecture: a stand-in drive
   worker      a process of its own that compiles one module
   build       runs workers, several at once and each under a time limit
   report      what ptxas and the machine code say: registers, spills, shared memory, instructions
+
+and, for whole programs, which XLA compiles for devices that are described to it:
+
+  topology    the devices of a machine with eight H100s
 """

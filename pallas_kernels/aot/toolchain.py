@@ -99,6 +99,11 @@ def _driver() -> pathlib.Path:
   return folder
 
 
+def plugin(tools: pathlib.Path | None = None) -> pathlib.Path:
+  """The plugin alone: all that compiling programs of XLA needs. As `find` otherwise."""
+  return _plugin(_site_folders(tools))
+
+
 def find(tools: pathlib.Path | None = None) -> Toolchain:
   """The tool chain of this machine.
 
