@@ -194,6 +194,7 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
                 fp32(own_leaves), fp32(shared), fp32(jnp.zeros(())), fp32(stats))
 
   def branch(opcode: Opcode) -> Callable:
+    @jax.named_scope(opcode.kind or "idle")  # a profile's ticks, and what analysis/overlap.py asks
     def body(read, row):
       out = nothing()
       if opcode.forward is not None:
