@@ -82,7 +82,7 @@ def gradients(plan, own, shared, fixed_S, data, unit=False, ranks=None, middle=m
     join = lambda maximum, a: (jax.lax.pmax if maximum else jax.lax.psum)(a, "pipe")
     total = jax.tree.map(join, jax.tree.broadcast(maxima[1], shared), sums.shared)
     kept = jax.tree.map(lambda a: a[None], (sums.own, sums.stats))
-    return jax.lax.psum(sums.objective, "pipe"), total, *kept
+    return jax.lax.psum(sums.objective, "pipe"), total, kept
 
   def whole(own, shared, fixed_S, data):
     cut = lambda tree: jax.tree.map(lambda a: a[stage_RC], tree)

@@ -181,11 +181,14 @@ def _dual(rank_ops: _Orders, near: int, half: int, count: int) -> None:
 
 
 def _dualpipe(ranks: int, microbatches: int) -> Schedule:
-  down: Route = tuple((rank, 0) for rank in range(ranks))
-  up: Route = tuple((ranks - 1 - stage, 1) for stage in range(ranks))
+  """Chunk 0 is the stage of the model's first half, so that a rank and its mirror image hold the
+  same stages in the same chunks and do the same ops, only at other times."""
   half, orders = ranks // 2, []
+  down: Route = tuple((stage, stage // half) for stage in range(ranks))
+  up: Route = tuple((ranks - 1 - stage, stage // half) for stage in range(ranks))
   for rank in range(ranks):
-    phases = [(0, rank, 0, 0), (microbatches // 2, ranks - 1 - rank, 1, 1)]
+    phases = [(0, rank, rank // half, 0),
+              (microbatches // 2, ranks - 1 - rank, (ranks - 1 - rank) // half, 1)]
     rank_ops = _Orders(*(phases if rank < half else phases[::-1]))
     _dual(rank_ops, min(rank, ranks - 1 - rank), half, microbatches // 2)
     orders.append(tuple(rank_ops.ops))
