@@ -23,7 +23,7 @@ I whole. Loops within a layer are as a rule for dx or for dw and never both.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,35 +31,12 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel.program import Array, Atom, Program, array, numbers
 
 HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general",
                    "pallas_call", "ffi_call", "scan", "while", "cond"})
 _LAYOUT = frozenset({"transpose", "reshape", "broadcast_in_dim", "convert_element_type", "squeeze",
                      "expand_dims", "slice", "pad", "concatenate"})
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-          "checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr",
-          "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
-
-Atom = Any  # the number of a value, or a core.Literal
-
-
-class Array(NamedTuple):
-  """What must be known to make room for an array: shape, dtype, mesh axes that it varies over."""
-
-  shape: tuple[int, ...]
-  dtype: Any
-  axes: tuple[str, ...]
-
-  def zeros(self, *lead: int) -> jax.Array:
-    return sharding.varying(jnp.zeros((*lead, *self.shape), self.dtype), self.axes)
-
-
-def array(aval: Any) -> Array:
-  """From an array or its type."""
-  varies = aval.vma if hasattr(aval, "vma") else getattr(getattr(aval, "mat", None), "varying", ())
-  return Array(tuple(aval.shape), aval.dtype, tuple(sorted(varies)))
-
-
 class Split(NamedTuple):
   """See the module docstring; keeps and crossing are lists of arrays.
 
@@ -77,77 +54,6 @@ class Split(NamedTuple):
   keeps_i: tuple[Array, ...]
   keeps_w: tuple[Array, ...]
   crossing: tuple[Array, ...]
-
-
-class _Step(NamedTuple):
-  eqn: core.JaxprEqn
-  inputs: tuple[Atom, ...]
-  outputs: tuple[int, ...]
-
-
-class _Program:
-  """A function's operations in a row, calls within it opened, values numbered."""
-
-  def __init__(self, function: Callable, *args):
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    self.steps: list[_Step] = []
-    self.constants: dict[int, Any] = {}
-    self.types: dict[int, Array] = {}
-    self._numbers = itertools.count()
-    self.inputs = [self._new(v) for v in closed.jaxpr.invars]
-    constants = [self._new(v) for v in closed.jaxpr.constvars]
-    self.constants = dict(zip(constants, closed.consts, strict=True))
-    self.outputs = self._open(closed.jaxpr, constants, self.inputs)
-    self.tree = jax.tree.structure(shapes)
-
-  def _new(self, variable) -> int:
-    number = next(self._numbers)
-    self.types[number] = array(variable.aval)
-    return number
-
-  def _open(self, jaxpr, constants: Sequence[Atom], args: Sequence[Atom]) -> list[Atom]:
-    names = dict(zip(jaxpr.constvars, constants, strict=True))
-    names |= dict(zip(jaxpr.invars, args, strict=True))
-    read = lambda v: v if isinstance(v, core.Literal) else names[v]
-    for eqn in jaxpr.eqns:
-      inputs = [read(v) for v in eqn.invars]
-      inner = eqn.params.get(_CALLS.get(eqn.primitive.name))
-      if inner is None:
-        outputs = [self._new(v) for v in eqn.outvars]
-        self.steps.append(_Step(eqn, tuple(inputs), tuple(outputs)))
-      else:
-        held = []
-        for value in getattr(inner, "consts", ()):
-          held.append(next(self._numbers))
-          self.constants[held[-1]], self.types[held[-1]] = value, array(jax.typeof(value))
-        outputs = self._open(getattr(inner, "jaxpr", inner), held, inputs)
-      names |= dict(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-  def needed(self, outputs: Iterable[Atom]) -> set[int]:
-    """Indices of the steps that `outputs` come from."""
-    wanted, found = set(_numbers(outputs)), set()
-    for i in reversed(range(len(self.steps))):
-      if wanted.intersection(self.steps[i].outputs):
-        found.add(i)
-        wanted.update(_numbers(self.steps[i].inputs))
-    return found
-
-  def run(self, steps: Iterable[int], values: dict[int, Any], outputs: Sequence[Atom]) -> list[Any]:
-    """Does the steps, in the order of the program, from `values` by their numbers."""
-    values = self.constants | values
-    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
-    for i in sorted(steps):
-      eqn, inputs, numbers = self.steps[i]
-      with eqn.ctx.manager:
-        found = eqn.primitive.bind(*map(read, inputs),
-                                   **eqn.primitive.get_bind_params(eqn.params))
-      values |= zip(numbers, found if eqn.primitive.multiple_results else [found])
-    return [read(v) for v in outputs]
-
-
-def _numbers(atoms: Iterable[Atom]) -> list[int]:
-  return [a for a in atoms if not isinstance(a, core.Literal)]
 
 
 def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) -> Split:
@@ -173,14 +79,14 @@ def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) ->
     return (out, extra), kept
 
   args = (weights, fixed, data, x)
-  first = _Program(forward, *args)
+  first = Program(forward, *args)
   results, kept_tree = first.tree.children()
   kept = first.outputs[results.num_leaves:]
   counts = [len(jax.tree.leaves(a)) for a in args]
   given = _given(first, counts)
   stash = list(dict.fromkeys(  # each once
-      a for a in _numbers(kept) if "x" in given[a] or given[a] == {"weights", "data"}))
-  again = [a for a in _numbers(kept) if a not in stash]
+      a for a in numbers(kept) if "x" in given[a] or given[a] == {"weights", "data"}))
+  again = [a for a in numbers(kept) if a not in stash]
   again_steps = first.needed(again)
 
   def backward(weights, fixed, data, stashed, dy):
@@ -197,7 +103,7 @@ def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) ->
   out_types = [first.types[a] if not isinstance(a, core.Literal) else array(a.aval)
                for a in first.outputs[:results.num_leaves]]
   (y, objective), _ = jax.tree.unflatten(results, [t.zeros() for t in out_types])
-  second = _Program(backward, weights, fixed, data, [first.types[a].zeros() for a in stash], y)
+  second = Program(backward, weights, fixed, data, [first.types[a].zeros() for a in stash], y)
   number, y_leaves = counts[0], jax.tree.leaves(y)
   second_given = _given(second, [*counts[:3], len(stash) + len(y_leaves)])
   gradients, dx = second.outputs[:number], second.outputs[number:]
@@ -205,7 +111,7 @@ def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) ->
   made_late = {a for i in late for a in second.steps[i].outputs}
   light = [k for k, a in enumerate(gradients) if isinstance(a, core.Literal) or a not in made_late]
   heavy = [k for k in range(number) if k not in light]
-  read_late = {a for i in late for a in _numbers(second.steps[i].inputs)}
+  read_late = {a for i in late for a in numbers(second.steps[i].inputs)}
   start = sum(counts[:3])
   stash_inputs = second.inputs[start:start + len(stash)]
   dy_inputs = second.inputs[start + len(stash):]
@@ -250,7 +156,7 @@ def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) ->
                tuple(second.types[a] for a in crossing))
 
 
-def _given(program: _Program, counts: Sequence[int]) -> dict[int, set[str]]:
+def _given(program: Program, counts: Sequence[int]) -> dict[int, set[str]]:
   """Which of weights, data and x each value comes from. `counts`: leaves of
   the program's weights, fixed, data, and all that comes of x."""
   given = {a: set() for a in program.constants}
@@ -258,12 +164,12 @@ def _given(program: _Program, counts: Sequence[int]) -> dict[int, set[str]]:
       ("weights", "weights", "data", "x"), counts, strict=True)))
   given |= {a: {name} for a, name in zip(program.inputs, places, strict=True)}
   for step in program.steps:
-    found = set().union(*(given[a] for a in _numbers(step.inputs)))
+    found = set().union(*(given[a] for a in numbers(step.inputs)))
     given |= dict.fromkeys(step.outputs, found)
   return given
 
 
-def _partition(program: _Program, gradients: Sequence[Atom], dx: Sequence[Atom]
+def _partition(program: Program, gradients: Sequence[Atom], dx: Sequence[Atom]
                ) -> tuple[set[int], set[int]]:
   """The steps of I and those of W."""
   live, needed = program.needed([*gradients, *dx]), program.needed(dx)
@@ -271,14 +177,14 @@ def _partition(program: _Program, gradients: Sequence[Atom], dx: Sequence[Atom]
   made_late: set[int] = set()
   for i in sorted(live - needed):
     step = program.steps[i]
-    if step.eqn.primitive.name in HEAVY or made_late.intersection(_numbers(step.inputs)):
+    if step.eqn.primitive.name in HEAVY or made_late.intersection(numbers(step.inputs)):
       late.add(i)
       made_late.update(step.outputs)
   readers: dict[int, set[int]] = {}
   for i in live:
-    for a in _numbers(program.steps[i].inputs):
+    for a in numbers(program.steps[i].inputs):
       readers.setdefault(a, set()).add(i)
-  results = set(_numbers(gradients))
+  results = set(numbers(gradients))
   for i in sorted(live - needed - late, reverse=True):  # what only prepares operands of W
     step = program.steps[i]
     reading = set().union(*(readers.get(a, set()) for a in step.outputs))
