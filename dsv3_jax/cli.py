@@ -99,10 +99,14 @@ def _train(args: argparse.Namespace) -> int:
   workdir = Path(args.workdir) if args.workdir else default_workdir(args.config)
   from dsv3_jax import files, train  # jax starts here
   from dsv3_jax.analysis import report
+  from dsv3_jax.train import launch
 
-  result = train.run(config, str(workdir))
-  files.write_atomic(workdir / "command.txt", args.command_line + "\n")
-  print(f"report: {report.write(workdir)}")
+  found = launch.find(args.coordinator, args.processes, args.process, patience=args.patience,
+                      start_timeout=args.start_timeout)
+  result = train.run(config, str(workdir), launch=found)
+  if result.first:
+    files.write_atomic(workdir / "command.txt", args.command_line + "\n")
+    print(f"report: {report.write(workdir)}")
   return result.exit_code
 
 
@@ -578,6 +582,20 @@ def _parser() -> argparse.ArgumentParser:
                      help="folder of this run (default: runs/EXPERIMENT or runs/EXPERIMENT-ARG)")
   train.add_argument("--print-config", action="store_true",
                      help="print the resulting config as JSON and leave")
+  several = train.add_argument_group(
+      "several processes", "Each host runs the same command. Under SLURM, Open MPI, Kubernetes or "
+      "on a TPU pod they find each other; elsewhere say where:")
+  several.add_argument("--coordinator", metavar="HOST:PORT",
+                       help="where process 0 listens, any free port of its host")
+  several.add_argument("--processes", type=int, metavar="N",
+                       help="how many there are; 1: this one is alone, whatever the environment")
+  several.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+  several.add_argument("--patience", type=float, default=30.0, metavar="SECONDS",
+                       help="without a sign of life for so long a process counts as lost, and the "
+                            "others end (default: %(default)g)")
+  several.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS",
+                       help="how long processes wait for each other at the start (default: "
+                            "%(default)g)")
 
   report = _command(
       commands, "report", _report, "write a run's report again",

@@ -44,6 +44,7 @@ from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.parallel import hosts, sharding
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.train import evaluate as evaluate_lib
+from dsv3_jax.train import launch as launch_lib
 from dsv3_jax.train import metrics as metrics_lib
 from dsv3_jax.train import numerics as numerics_lib
 from dsv3_jax.train import optim, processes, schedules
@@ -497,7 +498,7 @@ def _preparing(ui: metrics_lib.Silent) -> Callable[[str, int, int], None]:
 
 
 def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | None = None,
-        corpus: Any = None, launch: processes.Launch | None = None) -> RunResult:
+        corpus: Any = None, launch: launch_lib.Launch | None = None) -> RunResult:
   """Trains until `config.train.tokens`, going on from what the workdir holds.
 
   Args:
@@ -506,7 +507,7 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
     ui: where progress is shown; the terminal where None (`metrics.Silent()` shows nothing), of
       process 0.
     corpus: prepared data (see `data.pipeline.Corpus`) in place of `config.data`'s sources.
-    launch: where to find the other processes; this one is alone where None, unless
+    launch: of `launch.find`, where the other processes are; this one is alone where None, unless
       jax.distributed is initialized already.
 
   Returns:
@@ -518,12 +519,12 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
     ConfigError: the data or the mesh cannot be had.
     CheckpointError: a checkpoint could not be written, or none that is there is whole.
     DivergedError: train.max_bad_steps steps in a row were not finite.
-    ProcessError: the processes did not come together. A process that is lost later ends the
-      others (`processes.py`).
+    ProcessError: the processes do not come together. One that is lost later ends the others
+      (`processes.py`).
   """
   host.keep_memory()  # before the first question to jax
   use_compilation_cache()
-  with processes.join(launch) as group:
+  with launch_lib.join(launch) as group:
     ui = ui or (metrics_lib.terminal() if group.first else metrics_lib.Silent())
     try:
       return _run(config, workdir, ui, corpus, group)

@@ -1,6 +1,6 @@
 """Several processes that train one model: they start, prepare, stop and end together.
 
-    with processes.join(launch) as group:
+    with launch.join(found) as group:   # launch.py
       group.first                       # process 0: it alone writes logs and prepares the data
       group.share("step", text)         # what process 0 says, in all
       group.stop(step, received)        # before each step: whether all end here
@@ -21,103 +21,47 @@ A thread in each process looks at the store every second or two.
   collective whose partner is gone may hang for ever, and nothing that waits for it can be closed.
   The newest checkpoint is whole, as after any kill -9.
 - *A lost process 0.* With the store gone, jax's client aborts the process at once, from C++, where
-  nothing of ours is asked. So a shell waits on a pipe for each process, and has the last word when
-  its end is closed without a farewell.
+  nothing of ours is asked. So each process has a shell that waits on a pipe and has the last word
+  when the other end is closed without a farewell. The same serves where they do not come together.
 
 jax's own heartbeats remain behind all this, with a longer limit, for a Python that stands still.
 """
 
 import atexit
 import contextlib
-import dataclasses
 import os
-import re
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from typing import Any
 
 import jax
-from jax._src import clusters, distributed  # what they know has no public name
-
-from dsv3_jax.config import ConfigError
 
 _PREFIX = "dsv3/"
 _AGAIN = "Run the same command to go on from the newest checkpoint."
 
 
-class ProcessError(RuntimeError):
-  """The processes could not come together; the message says what to look at."""
+class LastWords:
+  """Something to say should this process end without a word of its own, whatever ends it."""
 
+  def __init__(self):
+    self._shell = subprocess.Popen(
+        ["/bin/sh", "-c", 'last=; while IFS= read -r line; do last=$line; done; '
+                          '[ -z "$last" ] || printf "%s\\n" "$last" >&2'],
+        stdin=subprocess.PIPE, text=True, start_new_session=True)
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-  """How this process finds the others; see `find`.
+  def set(self, text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+      self._shell.stdin.write(text + "\n")
+      self._shell.stdin.flush()
 
-  Attributes:
-    coordinator: HOST:PORT where process 0 listens.
-    processes, process: how many there are, and which this is.
-    devices: numbers of this host's devices that belong to this process; all where None.
-    patience: seconds without a sign of life after which a process counts as lost.
-    start_timeout: seconds that processes wait for each other at the start.
-  """
-
-  coordinator: str
-  processes: int
-  process: int
-  devices: tuple[int, ...] | None = None
-  patience: float = 30.0
-  start_timeout: float = 300.0
-
-  def __post_init__(self):
-    if not re.fullmatch(r".+:\d{1,5}", self.coordinator):
-      raise ConfigError(f"--coordinator={self.coordinator!r} must be HOST:PORT of process 0, such "
-                        "as 10.0.0.1:5000")
-    if not 0 <= self.process < self.processes:
-      raise ConfigError(f"--process={self.process} must lie from 0 to {self.processes - 1}, for "
-                        f"--processes={self.processes}")
-    if self.patience <= 0 or self.start_timeout <= 0:
-      raise ConfigError(f"--patience={self.patience:g} and --start-timeout={self.start_timeout:g} "
-                        "must be positive")
-
-
-def find(coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-         **limits: float) -> Launch | None:
-  """How to find the others, or None for a process that is alone.
-
-  Args:
-    coordinator, processes, process: as in `Launch`; all None leaves them to the environment that
-      SLURM, Open MPI, Kubernetes or a TPU pod gives. processes=1 is alone in any environment.
-    limits: `patience`, `start_timeout`.
-
-  Raises:
-    ConfigError: some are given and some are missing, or they do not fit together.
-  """
-  given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-  missing = [name for name, value in given.items() if value is None]
-  if processes == 1 and not coordinator and not process:
-    return None
-  if not missing:
-    return Launch(coordinator, processes, process, **limits)
-  if len(missing) < 3:
-    raise ConfigError(f"{' and '.join(missing)} missing: --coordinator=HOST:PORT --processes=N "
-                      "--process=I go together; without any of them the cluster's environment is "
-                      "asked, and --processes=1 trains in this process alone")
-  address, count, index, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-      None, None, None, None, None, int(limits.get("start_timeout", Launch.start_timeout)))
-  if None in (address, count, index) or count == 1:
-    return None
-  if devices is None or _alone_on_host():  # jax gives each process one device; here it has the host
-    return Launch(address, count, index, **limits)
-  return Launch(address, count, index, tuple(devices), **limits)
-
-
-def _alone_on_host() -> bool:
-  local = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get(
-      "SLURM_STEP_TASKS_PER_NODE", "")
-  return re.fullmatch(r"1(\(x\d+\))?", local) is not None
+  def forget(self) -> None:
+    """Nothing more to say; another call does nothing."""
+    self.set("")
+    with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
+      self._shell.stdin.close()
+      self._shell.wait(timeout=5)
 
 
 class Alone:
@@ -159,10 +103,18 @@ class Alone:
 class Group(Alone):
   """This process among several; see the module's docstring."""
 
-  def __init__(self, index: int, count: int, coordinator: str, patience: float):
+  def __init__(self, client: Any, index: int, count: int, coordinator: str, patience: float,
+               last_words: LastWords):
+    """Args:
+      client: jax.distributed's.
+      index, count: number of this process, and of processes.
+      coordinator: HOST:PORT of process 0, to be named.
+      patience: seconds after which a process without a sign of life is lost.
+      last_words: for this process.
+    """
     super().__init__()
     self.index, self.count, self.first = index, count, index == 0
-    self._client = distributed.global_state.client
+    self._client = client
     self._patience = patience
     self._tick = min(2.0, patience / 10)
     self._over = threading.Event()
@@ -175,11 +127,8 @@ class Group(Alone):
     who = f"dsv3: process {index} of {count}"
     cause = ("it was killed or crashed" if self.first else
              f"process 0, which coordinates at {coordinator}, was lost, or this process was killed")
-    self._will = subprocess.Popen(
-        ["/bin/sh", "-c", 'IFS= read -r line && exit 0; printf "%s\\n" "$0" >&2',
-         f"{who} ended without a word: {cause}. {_AGAIN}"],
-        stdin=subprocess.PIPE, start_new_session=True)
-    self._who = who
+    self._who, self._last_words = who, last_words
+    last_words.set(f"{who} ended without a word: {cause}. {_AGAIN}")
     self._thread = threading.Thread(target=self._watch, name="processes", daemon=True)
     self._thread.start()
 
@@ -288,16 +237,11 @@ class Group(Alone):
 
   def _leave(self, reason: str) -> None:
     """Ends the process, whatever its other threads wait for."""
-    self._bury()
+    self._last_words.forget()
     print(f"{self._who} ends: {reason}. {_AGAIN}", file=sys.stderr, flush=True)
     if self.first:
       time.sleep(2 * self._tick + 0.5)  # the store ends with us: others read it first
     _exit(1)
-
-  def _bury(self) -> None:
-    """The shell that waits for our end need not say anything."""
-    with contextlib.suppress(OSError):
-      self._will.communicate(b"\n", timeout=5)
 
   def fail(self, error: BaseException) -> None:
     if self.failed:
@@ -311,7 +255,7 @@ class Group(Alone):
       self._set(f"news/error/{self.index}", f"{type(error).__name__}: {error}")
       if self.first:
         time.sleep(2 * self._tick + 0.5)
-    self._bury()
+    self._last_words.forget()
     # Python's exit must not wait for the others: jax would, and what is left of a checkpoint.
     code = 2 if isinstance(error, ValueError | OSError) else 1
     atexit.register(_exit, code)
@@ -326,7 +270,7 @@ class Group(Alone):
     self.share("end", "")
     self._over.set()
     self._thread.join()
-    self._bury()
+    self._last_words.forget()
 
 
 def _exit(code: int) -> None:
@@ -341,72 +285,3 @@ def _from_jax(error: BaseException | None) -> bool:
       return True
     error = error.__cause__ or error.__context__
   return False
-
-
-# --- the start ----------------------------------------------------------------------------------
-
-
-def _reach(launch: Launch) -> None:
-  """Waits until process 0 listens; jax's own client aborts where it does not."""
-  host, _, port = launch.coordinator.rpartition(":")
-  deadline, why = time.monotonic() + launch.start_timeout, None
-  while time.monotonic() < deadline:
-    try:
-      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-      return
-    except OSError as e:
-      why = e
-      time.sleep(0.2)
-  raise ProcessError(
-      f"process {launch.process} of {launch.processes} could not reach process 0 at "
-      f"{launch.coordinator} in {launch.start_timeout:g} seconds ({why}). Look whether process 0 "
-      "runs, whether its host has that name and address on this one, and whether a firewall closes "
-      "the port")
-
-
-def _initialize(launch: Launch) -> None:
-  jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler replaces ours
-  if jax.config.jax_cpu_collectives_implementation is None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  try:
-    jax.distributed.initialize(
-        launch.coordinator, launch.processes, launch.process, local_device_ids=launch.devices,
-        cluster_detection_method="deactivate", initialization_timeout=int(launch.start_timeout),
-        heartbeat_timeout_seconds=max(10, int(1.6 * launch.patience)), shutdown_timeout_seconds=60)
-  except jax.errors.JaxRuntimeError as e:
-    raise ProcessError(
-        f"process {launch.process} waited {launch.start_timeout:g} seconds for all "
-        f"{launch.processes} processes to come to {launch.coordinator} ({str(e).splitlines()[0]}). "
-        "Look whether the others run, with the same --coordinator and --processes, whether each "
-        "has a --process of its own, and whether the port is free on process 0's host") from e
-
-
-@contextlib.contextmanager
-def join(launch: Launch | None) -> Iterator[Alone]:
-  """The group of this process; nothing may have asked jax for devices before.
-
-  Args:
-    launch: of `find`. Where jax.distributed is initialized already, its processes are the group.
-
-  Raises:
-    ProcessError: they do not come together in time.
-  """
-  ours = launch is not None and not jax.distributed.is_initialized()
-  if ours:
-    if launch.process:
-      _reach(launch)
-    _initialize(launch)
-  state = distributed.global_state
-  if state.client is None or state.num_processes == 1:
-    yield Alone()
-    return
-  group = Group(state.process_id, state.num_processes, state.coordinator_address,
-                Launch.patience if launch is None else launch.patience)
-  try:
-    yield group
-  except BaseException as error:
-    group.fail(error)
-    raise
-  group.end()
-  if ours:
-    jax.distributed.shutdown()
