@@ -139,6 +139,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
   if data:
     rows.append(("data", f"{', '.join(map(str, data.get('sources', [])))}; sequences of "
                  f"{data.get('sequence_length')} tokens, {data.get('batch_size')} a step"))
+  rows += _parallelism(run.config.get("runtime", {}), summary.get("state_bytes") or {})
   for key in ("commit", "config_hash", "device"):
     if summary.get(key):
       rows.append((key.replace("_", " "), str(summary[key])))
@@ -152,6 +153,28 @@ def _facts(run: Run) -> list[tuple[str, str]]:
   if metrics.exists():
     last = datetime.datetime.fromtimestamp(metrics.stat().st_mtime, datetime.UTC)
     rows.append(("last metrics", f"{last:%Y-%m-%d %H:%M} UTC"))
+  return rows
+
+
+def _parallelism(runtime: dict[str, Any], state: dict[str, int]) -> list[tuple[str, str]]:
+  """How the run was cut over devices; nothing of a run on one device in its compute dtype."""
+  rows = []
+  mesh = {axis: n for axis, n in runtime.get("mesh", {}).items() if n > 1}
+  schedule = runtime.get("pipeline", {}).get("schedule", "auto")
+  if schedule == "auto":
+    schedule = "dualpipe_v" if "pipe" in mesh else "none"
+  if mesh or schedule != "none":
+    parts = [" x ".join(f"{axis} {n}" for axis, n in mesh.items()) or "one device"]
+    parts += [f"{schedule} pipeline"] if schedule != "none" else []
+    if {"node", "gpu"} & mesh.keys():
+      parts.append(f"{runtime.get('dispatch', {}).get('form', '?').replace('_', '-')} dispatch")
+    parts += ["ZeRO-1"] if runtime.get("zero") else []
+    rows.append(("mesh", ", ".join(parts)))
+  if mesh and state:
+    rows.append(("weights and moments", f"{state['device'] / 2**20:,.1f} MiB a device, "
+                 f"{state['whole'] / 2**20:,.1f} MiB in all"))
+  if runtime.get("recipe", "none") != "none":
+    rows.append(("recipe", f"{runtime['recipe']}, {runtime.get('compute_dtype')} between layers"))
   return rows
 
 

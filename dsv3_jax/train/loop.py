@@ -177,6 +177,7 @@ class _Trainer:
     self.last_eval: dict[str, Any] | None = None
     self.saved = self.step if restored is not None else -1
     self.was_finished = self.step >= self.schedule.total_steps
+    self.state_bytes = state_lib.bytes_per_device(abstract)
     self.flops_per_token = counts_lib.flops_per_token(cfg.model, cfg.data.sequence_length)
     self.peak = metrics_lib.peak_flops(1 if self.mesh is None else self.mesh.size)
     self.validation_host = (corpus.validation_batches(self.rows, train.eval_batches)
@@ -194,6 +195,16 @@ class _Trainer:
     self._last_batch: dict[str, jax.Array] = {}
     self._rates: list[float] = []
     self._first = True
+
+  def describe_mesh(self) -> str:
+    """One line: devices along each axis, the schedule, and what the state takes."""
+    here, whole = (self.state_bytes[k] / 2**20 for k in ("device", "whole"))
+    runtime = self.cfg.runtime
+    axes = " x ".join(f"{a} {n}" for a, n in self.mesh.shape.items() if n > 1) or "one device"
+    return (f"mesh: {axes}" +
+            (f", {runtime.schedule} pipeline" if runtime.schedule != "none" else "") +
+            f"; weights and moments take {here:,.1f} MiB a device of {whole:,.1f}" +
+            (" (ZeRO-1)" if runtime.zero else ""))
 
   # --- parts of the loop
 
@@ -245,6 +256,7 @@ class _Trainer:
         "lr": host["lr"], "bias_speed": host["bias_speed"], "mtp_weight": host["mtp_weight"],
         "grad_norm": found["grad_norm"], "max_vio": max(max_vio_L.tolist(), default=None),
         "max_vio_L": max_vio_L, "batch_size": host["batch_size"], "skipped": found["skipped"],
+        **({"dropped": found["dropped"]} if self.cfg.runtime.dispatch.overflow == "drop" else {}),
         "time": {"tokens_per_s": rate, "step_s": seconds,
                  "mfu": rate * self.flops_per_token / self.peak, "elapsed_s": self.elapsed()}})
     self._rates = [*self._rates[-19:], seconds]
@@ -410,6 +422,7 @@ class _Trainer:
         "parameters": parameters["main"] + parameters["mtp"],
         "activated_parameters": sum(counts_lib.activated_parameters(cfg.model).values()),
         "parameters_by_part": parameters, "wall_s": self.elapsed(), "final": final,
+        "state_bytes": self.state_bytes,
         "baselines": baselines, "samples": samples})
     files.write_atomic(self.workdir.file("summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
@@ -546,6 +559,8 @@ def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus
       ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
               f"{trainer.schedule.total_steps:,} steps of {config.data.batch_size} x "
               f"{config.data.sequence_length} tokens, {_device()}")
+      if trainer.mesh is not None:
+        ui.note(trainer.describe_mesh())
       with _Signals() as signals:
         trainer.train(signals)
       finished = trainer.step >= trainer.schedule.total_steps

@@ -5,11 +5,13 @@ dictionaries, so that jit dispatch, checkpoints and the host EMA see ordinary py
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -141,3 +143,11 @@ def shardings(state: TrainState, optimizer: optax.GradientTransformation, mesh: 
       optimizer, moment, state.opt_state, cut, transform_non_params=lambda _: rep,
       is_leaf=lambda x: isinstance(x, QTensor))
   return dataclasses.replace(all_rep(state), params=cut, opt_state=opt_state)
+
+
+def bytes_per_device(abstract: TrainState) -> dict[str, int]:
+  """Bytes of the state: {"device": of the part on each, "whole": of all of it, once}."""
+  leaves = jax.tree.leaves(abstract)
+  size = lambda shape, x: math.prod(shape) * np.dtype(x.dtype).itemsize
+  return {"device": sum(size(x.sharding.shard_shape(x.shape), x) for x in leaves),
+          "whole": sum(size(x.shape, x) for x in leaves)}

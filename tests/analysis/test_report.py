@@ -8,6 +8,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
+from dsv3_jax import config
 from dsv3_jax.analysis import plots, report
 from dsv3_jax.analysis import workdir as workdir_lib
 from dsv3_jax.config import ConfigError
@@ -237,3 +238,15 @@ def test_smooth(window):
     part = part[np.isfinite(part)]
     expected.append(part.mean() if part.size else np.nan)
   np.testing.assert_allclose(plots.smooth(values, window), expected, rtol=1e-12)
+
+
+def test_says_how_the_run_was_cut():
+  """Oracle: the config, in words; nothing where there is nothing to say."""
+  runtime = config.to_dict(config.Runtime(
+      mesh=config.Mesh(pipe=2, node=2, gpu=2), zero=1, recipe="v3", compute_dtype="bfloat16"))
+  rows = dict(report._parallelism(runtime, {"device": 2**20, "whole": 8 * 2**20}))
+  assert rows == {
+      "mesh": "pipe 2 x node 2 x gpu 2, dualpipe_v pipeline, two-hop dispatch, ZeRO-1",
+      "weights and moments": "1.0 MiB a device, 8.0 MiB in all",
+      "recipe": "v3, bfloat16 between layers"}
+  assert report._parallelism(config.to_dict(config.Runtime()), {"device": 1, "whole": 1}) == []
