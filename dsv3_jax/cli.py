@@ -103,7 +103,7 @@ def _train(args: argparse.Namespace) -> int:
 
   found = launch.find(args.coordinator, args.processes, args.process, patience=args.patience,
                       start_timeout=args.start_timeout)
-  result = train.run(config, str(workdir), launch=found)
+  result = train.run(config, str(workdir), **({"launch": found} if found else {}))
   if result.first:
     files.write_atomic(workdir / "command.txt", args.command_line + "\n")
     print(f"report: {report.write(workdir)}")
