@@ -1,4 +1,5 @@
 # make train   train the tiny model to its end on a CPU (about five minutes) and write its report
+# make cluster two processes with four virtual devices each, as a rehearsal of a cluster
 # make test    lint, layering and the test suite
 # make test-kernels   the kernels' tests alone (PYTHON=python3.12 VENV=.venv312 takes jax 0.11)
 # make bench   ours, peer and ratio of every benchmark
@@ -17,6 +18,9 @@ ARGS ?=
 TEST_PROCESSES ?= 2
 
 GPU_PYTHON ?=
+# What `make cluster` trains: sequences over two replicas, experts over 2 x 2 devices, ZeRO-1.
+CLUSTER := --config=experiments/tiny.py:smoke --config.runtime.mesh.data=2 \
+  --config.runtime.mesh.node=2 --config.runtime.mesh.gpu=2 --config.runtime.zero=1
 
 BIN := $(VENV)/bin
 MADE := $(VENV)/.created
@@ -28,7 +32,7 @@ GPU := $(VENV)/.installed-gpu
 SASS := $(VENV)/sass
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-kernels bench lint sass overlap gpu clean
+.PHONY: help train cluster test test-kernels bench lint sass overlap gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -65,6 +69,11 @@ $(SASS)/.installed: $(BASE)
 
 train: $(BASE)
 	$(BIN)/dsv3 train --config=experiments/tiny.py --workdir=$(WORKDIR) $(ARGS)
+
+cluster: WORKDIR = runs/cluster
+cluster: $(BASE)
+	$(BIN)/python -m dsv3_jax.rehearsal --processes=2 --devices=4 \
+	  train $(CLUSTER) --workdir=$(WORKDIR) $(ARGS)
 
 lint: $(FULL)
 	$(BIN)/ruff check .

@@ -68,7 +68,8 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
     limits: `patience`, `start_timeout`.
 
   Raises:
-    ConfigError: some are given and some are missing, or they do not fit together.
+    ConfigError: some are given and some are missing, they do not fit together, or the environment
+      cannot be made out.
   """
   given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
   missing = [name for name, value in given.items() if value is None]
@@ -80,8 +81,13 @@ def find(coordinator: str | None = None, processes: int | None = None, process: 
     raise ConfigError(f"{' and '.join(missing)} missing: --coordinator=HOST:PORT --processes=N "
                       "--process=I go together; without any of them the cluster's environment is "
                       "asked, and --processes=1 trains in this process alone")
-  address, count, index, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-      None, None, None, None, None, int(limits.get("start_timeout", Launch.start_timeout)))
+  try:
+    address, count, index, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, int(limits.get("start_timeout", Launch.start_timeout)))
+  except Exception as e:  # of the Kubernetes client, of mpi4py, of parsing
+    raise ConfigError(f"the environment is that of a cluster, which does not tell enough: {e}. "
+                      "Give --coordinator=HOST:PORT --processes=N --process=I, or --processes=1 to "
+                      "train in this process alone") from e
   if None in (address, count, index) or count == 1:
     return None
   if devices is None or _alone_on_host():  # jax gives each process one device; here it has the host

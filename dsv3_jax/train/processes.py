@@ -47,7 +47,8 @@ class LastWords:
 
   def __init__(self):
     self._shell = subprocess.Popen(
-        ["/bin/sh", "-c", 'last=; while IFS= read -r line; do last=$line; done; '
+        ["/bin/sh", "-c", 'trap "" TERM INT HUP; last=; '
+                          'while IFS= read -r line; do last=$line; done; '
                           '[ -z "$last" ] || printf "%s\\n" "$last" >&2'],
         stdin=subprocess.PIPE, text=True, start_new_session=True)
 

@@ -1,11 +1,13 @@
 """Workdirs that cannot be used say so before any work."""
 
+import json
+
 import pytest
 
 from dsv3_jax import config
 from dsv3_jax.data import shards
 from dsv3_jax.data import tokenizer as tokenizer_lib
-from dsv3_jax.train import workdir
+from dsv3_jax.train import processes, workdir
 
 
 def test_another_config(tmp_path):
@@ -115,3 +117,35 @@ def test_a_broken_config_file(tmp_path):
   with pytest.raises(workdir.WorkdirError, match="config.json.*model"), \
       workdir.Workdir(str(tmp_path), config.Config()):
     pass
+
+
+class _Follower(processes.Alone):
+  """A second process, to which process 0 said `said`."""
+
+  index, count, first = 1, 2, False
+
+  def __init__(self, said):
+    super().__init__()
+    self._said = json.dumps(said)
+
+  def share(self, name, value):
+    return self._said
+
+
+def test_other_processes_see_the_same_folder_and_config(tmp_path, monkeypatch):
+  """Oracle: the mark that process 0 left; keys and values that differ in the message."""
+  mine = config.Config()
+  with workdir.Workdir(str(tmp_path), mine):
+    said = [(tmp_path / ".lock").read_text(), config.to_json(mine)]
+    with workdir.Workdir(str(tmp_path), mine, _Follower(said)) as follower:
+      assert follower.path == str(tmp_path)
+    other = config.replace(mine, **{"optim.lr": 0.5, "runtime.zero": 1})
+    with (pytest.raises(workdir.WorkdirError, match=(
+        r"(?s)process 1 .*optim.lr: 0.00022 there, 0.5 here.*runtime.zero: 0 there, 1 here")),
+          workdir.Workdir(str(tmp_path), other, _Follower(said))):
+      pass
+    monkeypatch.setattr(workdir, "_SHARED_WITHIN", 0.1)
+    for said[0], path in (("another mark", tmp_path), (said[0], tmp_path / "elsewhere")):
+      with (pytest.raises(workdir.WorkdirError, match="process 1 does not see .* one folder, on a"),
+            workdir.Workdir(str(path), mine, _Follower(said))):
+        pass
