@@ -145,7 +145,7 @@ def test_other_processes_see_the_same_folder_and_config(tmp_path, monkeypatch):
           workdir.Workdir(str(tmp_path), other, _Follower(said))):
       pass
     monkeypatch.setattr(workdir, "_SHARED_WITHIN", 0.1)
-    for said[0], path in (("another mark", tmp_path), (said[0], tmp_path / "elsewhere")):
+    for mark, path in (("another mark", tmp_path), (said[0], tmp_path / "elsewhere")):
       with (pytest.raises(workdir.WorkdirError, match="process 1 does not see .* one folder, on a"),
-            workdir.Workdir(str(path), mine, _Follower(said))):
+            workdir.Workdir(str(path), mine, _Follower([mark, said[1]]))):
         pass
