@@ -46,7 +46,7 @@ def overhead(steps: int, rounds: int) -> common.Line:
 
   from dsv3_jax import config as config_lib
   from dsv3_jax.data import pipeline
-  from dsv3_jax.train import loop, metrics, state
+  from dsv3_jax.train import loop, metrics, processes, state
   from dsv3_jax.train.workdir import Workdir
 
   spec = importlib.util.spec_from_file_location("experiment", EXPERIMENT)
@@ -58,7 +58,7 @@ def overhead(steps: int, rounds: int) -> common.Line:
   with tempfile.TemporaryDirectory() as folder, Workdir(folder, cfg) as workdir, \
       open(os.devnull, "w") as nowhere:
     corpus = pipeline.prepare(cfg.data, cfg.model.vocab_size, folder)
-    trainer = loop._Trainer(cfg, workdir, corpus, metrics.Lines(0.0, nowhere))
+    trainer = loop._Trainer(cfg, workdir, corpus, metrics.Lines(0.0, nowhere), processes.Alone())
     trainer.save = lambda: None
     tokens_ABS = jax.device_put(next(corpus.train_iterator(trainer.schedule))["tokens"])
     hyper = jax.device_put(state.Hyper(*map(np.float32, (1e-4, 1e-3, 0.3))))
