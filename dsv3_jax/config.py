@@ -330,6 +330,7 @@ class Runtime:
   mesh: Mesh = Mesh()
   pipeline: Pipeline = Pipeline()
   dispatch: Dispatch = Dispatch()
+  shard_vocab: bool = False  # cut embedding and head over runtime.mesh's node and gpu
   zero: int = 0  # ZeRO stage: 1 cuts moments and master weights over all devices
 
   @property
@@ -510,6 +511,9 @@ class Config:
              or self.model.moe.experts % (mesh.node * mesh.gpu) == 0,
              f"{mesh.describe('node', 'gpu')} must divide model.moe.experts="
              f"{self.model.moe.experts}")
+    _require(not self.runtime.shard_vocab or self.model.vocab_size % (mesh.node * mesh.gpu) == 0,
+             f"runtime.shard_vocab: {mesh.describe('node', 'gpu')} must divide "
+             f"model.vocab_size={self.model.vocab_size}")
     _require(self.runtime.zero == 0 or "float8" not in (self.optim.mu_dtype, self.optim.nu_dtype),
              "optim.mu_dtype and nu_dtype: float8 moments have tiles that runtime.zero=1 would "
              "cut; use bfloat16, or runtime.zero=0")

@@ -1,7 +1,8 @@
 """Does all of the parallelism work together, on one machine?  (report 3.1 to 3.3, small)
 
 The tiny model as a cluster would run it: a DualPipeV pipeline of 2 ranks, experts over 2 nodes of 2
-devices with two-hop dispatch, FP8 recipe v3 (payloads in FP8 too), ZeRO-1. Changing runtime.mesh
+devices with two-hop dispatch, the vocabulary over them too, FP8 recipe v3 (payloads in FP8), ZeRO-1.
+Changing runtime.mesh
 alone moves the same run to 1, 2, 4 or 8 devices; without a pipeline set
 --config.runtime.pipeline.schedule=none.
 
@@ -36,7 +37,8 @@ def get_config(arg: str | None = None) -> Config:
       model=Model(init_std=0.02),
       runtime=Runtime(
           mesh=Mesh(pipe=2, node=2, gpu=2), pipeline=Pipeline(schedule="dualpipe_v"),
-          dispatch=Dispatch(form="two_hop"), zero=1, recipe="v3", compute_dtype="bfloat16"),
+          dispatch=Dispatch(form="two_hop"), shard_vocab=True, zero=1, recipe="v3",
+          compute_dtype="bfloat16"),
       optim=Optim(lr=2e-3, warmup_steps=5),
       loss=Loss(bias_speed=5e-3),
       data=Data(sequence_length=128, batch_size=16, microbatch=4),

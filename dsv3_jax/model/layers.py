@@ -81,3 +81,24 @@ class DenseFFN(nnx.Module):
       gate_PF = checkpoint_name(linear(x_PD, self.w_gate_DF[...]), "ffn_gate")
       up_PF = checkpoint_name(linear(x_PD, self.w_up_DF[...]), "ffn_up")
       return linear(swiglu(gate_PF, up_PF), self.w_down_FD[...])
+
+
+def embed(w_VD: jax.Array, tokens: jax.Array, dtype: str, axes: tuple[str, ...] = ()) -> jax.Array:
+  """Rows [..., D] of the embedding in `dtype`; no scaling.
+
+  Args:
+    w_VD: the embedding, this device's words where `axes` cut it.
+    tokens: int [...] in [0, V) of the whole vocabulary; each device along `axes` has its own, of
+      the same shape.
+    axes: mesh axes that cut the vocabulary, inside shard_map.
+  """
+  if not axes:
+    return jnp.take(w_VD, tokens, axis=0).astype(dtype)
+  V, D = w_VD.shape
+  all_P = jax.lax.all_gather(tokens.reshape(-1), axes, tiled=True)
+  here_P = all_P - jax.lax.axis_index(axes) * V
+  here_P = jnp.where(here_P < 0, V, here_P)  # a negative index would count from the end
+  rows_PD = jnp.take(w_VD, here_P, axis=0, mode="fill", fill_value=0).astype(dtype)
+  # One device has each row and the others zeros: the sum is exact in any dtype.
+  found = jax.lax.psum_scatter(rows_PD, axes, scatter_dimension=0, tiled=True)
+  return found.reshape(*tokens.shape, D)

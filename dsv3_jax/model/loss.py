@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax.model import cross_entropy
 from dsv3_jax.model.transformer import Transformer, shift
+from dsv3_jax.parallel import mesh as mesh_lib
 
 # Names in the metrics of the balance losses that `config.Loss` weighs.
 BALANCES = types.MappingProxyType({
@@ -64,6 +65,11 @@ def target_tokens(batch: dict[str, jax.Array]) -> jax.Array:
   return targets(batch, 0)[1].sum()
 
 
+def vocabulary_axes(runtime: config.Runtime, axes: tuple[str, ...]) -> tuple[str, ...]:
+  """The mesh axes that cut the vocabulary, of those that shard the batch."""
+  return tuple(a for a in mesh_lib.EXPERTS if a in axes) if runtime.shard_vocab else ()
+
+
 def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Loss,
             mtp_weight: jax.Array | float, runtime: config.Runtime,
             denominator: jax.Array | float, share: jax.Array | float = 1.0,
@@ -95,8 +101,9 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
   unmasked = {name: x for name, x in batch.items() if name != "mask"}
   mtp_valid = [targets(unmasked, k)[1] for k in range(1, K + 1)]
 
+  words = vocabulary_axes(runtime, axes)
   hidden = model.hidden(
-      model.embed(tokens_BS, runtime), length=T, segments_BT=segments_BT, valid_BT=valid_BT,
+      model.embed(tokens_BS, runtime, words), length=T, segments_BT=segments_BT, valid_BT=valid_BT,
       mtp_valid_KBT=jnp.stack(mtp_valid) if K else None, balance=loss, axes=axes, runtime=runtime)
   head_DV = model.head_DV[...].astype(hidden.h_BTD.dtype)
   sums, corrects = [], []
@@ -104,7 +111,7 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
     with jax.named_scope("head_loss"):
       nll, correct = cross_entropy.linear_cross_entropy(
           h_BTD.reshape(-1, h_BTD.shape[-1]), head_DV, target_BT.reshape(-1),
-          weight_BT.reshape(-1), runtime.head_chunk)
+          weight_BT.reshape(-1), runtime.head_chunk, words)
     sums.append(nll)
     corrects.append(correct)
 

@@ -184,7 +184,7 @@ class Stages:
     self.cfg, self.weights, self.runtime, self.slots = cfg, weights, runtime, slots
     self.mtp, self.mtp_weight, self.axes = mtp, mtp_weight, axes
     self.denominator, self.share = denominator, share
-    self.recipe = resolve(runtime)
+    self.recipe, self.words = resolve(runtime), loss_lib.vocabulary_axes(runtime, axes)
     graph = lambda make: nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param,
                                    RouterBias)[0]
     self._block = {stack: graph(lambda rngs, s=stack: Block(cfg, moe=s == "moe", rngs=rngs))
@@ -196,7 +196,7 @@ class Stages:
     return self._embed(shared, data["tokens"][:, :-1])
 
   def _embed(self, shared, tokens):
-    return jnp.take(shared["embedding_VD"], tokens, axis=0).astype(self.runtime.compute_dtype)
+    return layers.embed(shared["embedding_VD"], tokens, self.runtime.compute_dtype, self.words)
 
   def functions(self, kinds: Sequence[Kind]) -> dict[Kind, Callable]:
     """Kind -> (own, shared, fixed, data, x) -> Result, as `pipeline.run` takes them."""
@@ -276,7 +276,7 @@ class Stages:
       with jax.named_scope("head_loss"):
         nll, correct, dw_DV = _head_loss(
             h_BTD.reshape(-1, cfg.dim), head_DV, target_BT.reshape(-1), weight_BT.reshape(-1),
-            self.runtime.head_chunk)
+            self.runtime.head_chunk, self.words)
       share = (self.mtp_weight / K if k else 1.0) / self.denominator
       objective += share * nll
       head_gradient += share * dw_DV.astype(jnp.float32)
@@ -290,27 +290,28 @@ class Stages:
     return objective, ended, {"head_DV": jax.lax.stop_gradient(head_gradient)}, stats
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _head_loss(h_PD, w_DV, target_P, weight_P, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _head_loss(h_PD, w_DV, target_P, weight_P, chunk, words):
   """Cross-entropy, correct predictions, and the gradient by the head.
 
   The forward makes that gradient anyway. It is a result here, to be added up at once, and not kept
   for the backward pass, where each micro-batch under way would hold one; the head gets none there.
   """
-  return _head_loss_fwd(h_PD, w_DV, target_P, weight_P, chunk)[0]
+  return _head_loss_fwd(h_PD, w_DV, target_P, weight_P, chunk, words)[0]
 
 
-def _head_loss_fwd(h_PD, w_DV, target_P, weight_P, chunk):
+def _head_loss_fwd(h_PD, w_DV, target_P, weight_P, chunk, words):
   (nll, correct), pull = jax.vjp(
-      lambda h_PD, w_DV: cross_entropy.linear_cross_entropy(h_PD, w_DV, target_P, weight_P, chunk),
+      lambda h_PD, w_DV: cross_entropy.linear_cross_entropy(h_PD, w_DV, target_P, weight_P, chunk,
+                                                            words),
       h_PD, w_DV)
   one = lambda x, value: sharding.varying(jnp.full((), value, x.dtype), tuple(sharding.varies(x)))
   dh_PD, dw_DV = pull((one(nll, 1), one(correct, 0)))
   return (nll, correct, dw_DV), dh_PD
 
 
-def _head_loss_bwd(chunk, dh_PD, cotangents):
-  del chunk
+def _head_loss_bwd(chunk, words, dh_PD, cotangents):
+  del chunk, words
   return dh_PD * cotangents[0].astype(dh_PD.dtype), None, None, None
 
 

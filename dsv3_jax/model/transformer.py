@@ -84,9 +84,13 @@ class Transformer(nnx.Module):
     graphdef, state = nnx.split(self)
     return _forward(graphdef, state, jnp.asarray(tokens_BT), segments_BT, runtime)
 
-  def embed(self, tokens: jax.Array, runtime: config.Runtime) -> jax.Array:
-    """Embeddings [..., D] of int tokens [...], in the compute dtype; no scaling."""
-    return jnp.take(self.embedding_VD[...], tokens, axis=0).astype(runtime.compute_dtype)
+  def embed(self, tokens: jax.Array, runtime: config.Runtime, axes: tuple[str, ...] = ()
+            ) -> jax.Array:
+    """Embeddings [..., D] of int tokens [...], in the compute dtype; no scaling.
+
+    `axes` cut the vocabulary (`layers.embed`).
+    """
+    return layers.embed(self.embedding_VD[...], tokens, runtime.compute_dtype, axes)
 
   def logits(self, h_BTD: jax.Array) -> jax.Array:
     """fp32 logits [B, T, V] of representations after their norm."""

@@ -1,11 +1,12 @@
 """Where parameters lie, and how whole ones and summed gradients come of that (report 3.2, ZeRO-1).
 
 A parameter has a home and a place of use. At home, between steps, each device keeps what nobody
-else must keep: of routed experts those of its `node` and `gpu`; and with ZeRO-1 of every array the
-part that the remaining mesh axes cut out of its largest axis, `pipe` and `data` of experts' weights
-and all four axes of the others. Adam's moments and the fp32 masters are there, and the update
-changes a part where it lies. For use, a step collects what this device computes with: the layers of
-its stages, whole but for the experts elsewhere. Its gradients go the same way back, summed.
+else must keep: of routed experts those of its `node` and `gpu`, and of embedding and head its part
+of the vocabulary where that is cut too (both stay cut in use); and with ZeRO-1 of every array the
+part that the remaining mesh axes cut out of its largest axis. Adam's moments and the fp32 masters
+are there, and the update changes a part where it lies. For use, a step collects what this device
+computes with: the layers of its stages, whole but for what stays cut. Its gradients go the same way
+back, summed.
 
                          to use                               back home
     replicated           nothing                              all-reduce
@@ -31,6 +32,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsv3_jax import config
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.parallel import sharding
 
@@ -41,14 +43,15 @@ class Place:
 
   Attributes:
     rank: axes of the array.
-    expert_dim, experts: the axis of the experts and the mesh axes that cut it; None, ().
+    kept_dim, kept: the axis that is cut in use too, of experts or the vocabulary, and the mesh axes
+      that cut it; None, ().
     dim, shards: the axis that ZeRO-1 cuts and the mesh axes, in the order of the parts; None, ().
     zero: whether it is cut there. Where it is not, `shards` still orders the sums.
   """
 
   rank: int
-  expert_dim: int | None
-  experts: tuple[str, ...]
+  kept_dim: int | None
+  kept: tuple[str, ...]
   dim: int | None
   shards: tuple[str, ...]
   zero: bool
@@ -56,8 +59,8 @@ class Place:
   @property
   def spec(self) -> PartitionSpec:
     cut: list[Any] = [None] * self.rank
-    if self.experts:
-      cut[self.expert_dim] = self.experts
+    if self.kept:
+      cut[self.kept_dim] = self.kept
     if self.zero and self.shards:
       cut[self.dim] = self.shards
     return PartitionSpec(*cut) if any(cut) else PartitionSpec()
@@ -67,40 +70,51 @@ def _name(path: Any) -> str:
   return str(getattr(path[-1], "key", path[-1]))
 
 
-def place(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, zero: bool) -> Place:
+def place(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, zero: bool,
+          vocab: bool = False) -> Place:
   """The home of a parameter, from its name's shape letters.
 
   A leading E, of an array with more letters, counts routed experts, and is cut over `node` and
-  `gpu`; the E of a router's output is not. Axes before the letters (stacked layers) are never cut.
+  `gpu`; the E of a router's output is not. With `vocab` a V is cut so too. Axes before the letters
+  (stacked layers) are never cut.
 
   Raises:
-    ValueError: the experts do not divide among the devices.
+    ValueError: the experts, or the vocabulary, do not divide among the devices.
   """
   letters = sharding.shape_letters(name)
   lead = len(shape) - len(letters)
-  experts, expert_dim = (), None
-  if letters.startswith("E") and len(letters) > 1:
-    experts, expert_dim = mesh_lib.several(mesh, mesh_lib.EXPERTS), lead
-    devices = math.prod(mesh.shape[a] for a in experts)
-    if shape[lead] % devices:
-      raise ValueError(f"{name}: {shape[lead]} experts cannot be cut over {devices} devices "
-                       f"({', '.join(experts)}); choose a mesh whose node * gpu divides them")
+  kept, kept_dim = (), None
+  experts = letters.startswith("E") and len(letters) > 1
+  if experts or (vocab and "V" in letters):
+    kept, kept_dim = mesh_lib.several(mesh, mesh_lib.EXPERTS), lead + letters.index(
+        "E" if experts else "V")
+    devices = math.prod(mesh.shape[a] for a in kept)
+    if shape[kept_dim] % devices:
+      what = "experts" if experts else "words of the vocabulary"
+      raise ValueError(f"{name}: {shape[kept_dim]} {what} cannot be cut over {devices} devices "
+                       f"({', '.join(kept)}); choose a mesh whose node * gpu divides them")
   # pipe last: `take` and `put` then exchange over it what the others have cut already.
-  free = [a for a in mesh_lib.several(mesh, (*mesh_lib.BATCH, mesh_lib.PIPE)) if a not in experts]
+  free = [a for a in mesh_lib.several(mesh, (*mesh_lib.BATCH, mesh_lib.PIPE)) if a not in kept]
   groups = [group for n in range(len(free), 0, -1) for group in itertools.combinations(free, n)]
   size = lambda group: math.prod(mesh.shape[a] for a in group)
   for group in sorted(groups, key=size, reverse=True):  # most devices first
-    dims = [d for d in range(lead, len(shape)) if d != expert_dim and shape[d] % size(group) == 0]
+    dims = [d for d in range(lead, len(shape)) if d != kept_dim and shape[d] % size(group) == 0]
     if dims:
       dim = max(dims, key=lambda d: shape[d])
-      return Place(len(shape), expert_dim, experts, dim, group, zero)
-  return Place(len(shape), expert_dim, experts, None, (), zero)
+      return Place(len(shape), kept_dim, kept, dim, group, zero)
+  return Place(len(shape), kept_dim, kept, None, (), zero)
 
 
-def places(params: Any, mesh: jax.sharding.Mesh, zero: bool) -> Any:
-  """The tree of the parameters with a `Place` for each (arrays or their shapes)."""
+def places(params: Any, mesh: jax.sharding.Mesh, runtime: config.Runtime | None = None,
+           zero: bool | None = None) -> Any:
+  """The tree of the parameters with a `Place` for each (arrays or their shapes).
+
+  `zero`: instead of what `runtime` says. Without either nothing is cut but experts.
+  """
+  runtime = runtime or config.Runtime()
+  zero = runtime.zero > 0 if zero is None else zero
   return jax.tree_util.tree_map_with_path(
-      lambda path, x: place(_name(path), x.shape, mesh, zero), params)
+      lambda path, x: place(_name(path), x.shape, mesh, zero, runtime.shard_vocab), params)
 
 
 def specs(homes: Any) -> Any:
@@ -115,7 +129,7 @@ def shardings(homes: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def whole(x: jax.Array, home: Place) -> jax.Array:
-  """The array for use: all of it but the experts elsewhere."""
+  """The array for use: all of it but the experts (or words) elsewhere."""
   if not (home.zero and home.shards):
     return x
   return lax.all_gather(x, home.shards, axis=home.dim, tiled=True)
@@ -134,7 +148,7 @@ def summed(g: jax.Array, home: Place, axes: tuple[str, ...]) -> jax.Array:
 
 def _summed(g, home, axes, dim):
   within = tuple(a for a in home.shards if a in axes)
-  rest = tuple(a for a in axes if a not in within and a not in home.experts)
+  rest = tuple(a for a in axes if a not in within and a not in home.kept)
   if within:
     g = (lax.psum_scatter(g, within, scatter_dimension=dim, tiled=True) if home.zero
          else lax.psum(g, within))
@@ -152,7 +166,7 @@ def square_sums(grads: Any, homes: Any) -> jax.Array:
     if home.shards and not home.zero:
       n = g.shape[home.dim] // math.prod(lax.axis_size(a) for a in home.shards)
       g = lax.dynamic_slice_in_dim(g, lax.axis_index(home.shards) * n, n, home.dim)
-    axes = home.experts + home.shards
+    axes = home.kept + home.shards
     sums[axes] = sums.get(axes, 0.0) + jnp.square(g.astype(jnp.float32)).sum()
 
   jax.tree.map(add, grads, homes)

@@ -42,7 +42,7 @@ def make_evaluate(graphdef: nnx.GraphDef, cfg: config.Config,
   rep, where = PartitionSpec(), sharding.batch_sharding(mesh, ndim=2)
 
   def sums(params, buffers, batch):
-    experts = placement.specs(placement.places(params, mesh, zero=False))
+    experts = placement.specs(placement.places(params, mesh, cfg.runtime, zero=False))
     return jax.shard_map(local, mesh=mesh, out_specs=rep,
                          in_specs=(experts, rep, where.spec))(params, buffers, batch)
 

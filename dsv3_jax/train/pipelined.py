@@ -77,8 +77,8 @@ def gradients(cfg: config.Config, params: Any, buffers: Any, batch: Batch, hyper
                      "hyper.micro_batches None")
   tables = plan.schedule.ticks(plan.unit).tables(plan.kinds)
   where = stages_lib.slots(plan.kinds, plan.schedule.routes)
-  homes = placement.places(params, mesh, cfg.runtime.zero > 0)
-  amax_homes = placement.places(amax, mesh, False)
+  homes = placement.places(params, mesh, cfg.runtime)
+  amax_homes = placement.places(amax, mesh, zero=False)
   batch_axes = mesh_lib.several(mesh, mesh_lib.BATCH)
   axes = (mesh_lib.PIPE, *batch_axes)
   shards = cfg.runtime.mesh.batch_shards

@@ -131,7 +131,7 @@ def shardings(state: TrainState, optimizer: optax.GradientTransformation, mesh: 
 
   Parameters and their moments are cut alike; all else is replicated, FP8 moments too.
   """
-  homes = placement.places(state.params, mesh, runtime.zero > 0)
+  homes = placement.places(state.params, mesh, runtime)
   rep = sharding.replicated(mesh)
   cut = placement.shardings(homes, mesh)
   all_rep = lambda tree: jax.tree.map(lambda _: rep, tree)

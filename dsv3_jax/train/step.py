@@ -91,7 +91,7 @@ def gradients(graphdef: nnx.GraphDef, cfg: config.Config, params: Any, buffers: 
   recipe = resolve(cfg.runtime)
   axes = mesh_lib.several(mesh, mesh_lib.BATCH)
   shards = math.prod(mesh.shape[a] for a in axes)
-  homes = None if mesh is None else placement.places(params, mesh, cfg.runtime.zero > 0)
+  homes = None if mesh is None else placement.places(params, mesh, cfg.runtime)
 
   def local(params, buffers, batch, hyper, amax):
     static_micros = batch["tokens"].shape[0]
@@ -142,11 +142,12 @@ def gradients(graphdef: nnx.GraphDef, cfg: config.Config, params: Any, buffers: 
       params, buffers, batch, hyper, amax)
 
 
-def gradient_norm(grads: Any, mesh: jax.sharding.Mesh | None, zero: bool) -> jax.Array:
+def gradient_norm(grads: Any, mesh: jax.sharding.Mesh | None, runtime: config.Runtime
+                  ) -> jax.Array:
   """Norm of all gradients together, fp32; on a mesh the same bits with ZeRO-1 and without."""
   if mesh is None:
     return optax.tree.norm(grads)
-  homes = placement.places(grads, mesh, zero)
+  homes = placement.places(grads, mesh, runtime)
   sums = jax.shard_map(lambda grads: placement.square_sums(grads, homes), mesh=mesh,
                        in_specs=(placement.specs(homes),), out_specs=PartitionSpec())
   return jnp.sqrt(sums(grads))
@@ -177,7 +178,7 @@ def make_train_step(
       grads, aux = pipelined.gradients(cfg, state.params, state.buffers, batch, hyper, mesh, plan,
                                        amax)
     with jax.named_scope("optimizer"):
-      grad_norm = gradient_norm(grads, mesh, cfg.runtime.zero > 0)
+      grad_norm = gradient_norm(grads, mesh, cfg.runtime)
       loss = aux["loss_sum"] / jnp.maximum(aux["tokens"], 1)
       good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.model import layers
 from dsv3_jax.model.cross_entropy import linear_cross_entropy
 from tests.oracles import operations as oracle
 from tests.oracles.tolerance import assert_close
@@ -92,3 +93,35 @@ def test_logits_never_exist_at_once():
   compiled = run.lower(spec((p, 8), jnp.float32), spec((8, v), jnp.float32),
                        spec((p,), jnp.int32), spec((p,), jnp.float32)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < p * v * 4 / 4
+
+
+@pytest.mark.parametrize("chunk", [3, 8])
+def test_vocabulary_apart(chunk):
+  """Law: cut over devices by words, embedding, loss, correct predictions and gradients stay."""
+  rng = np.random.default_rng(2)
+  W, P, D, V = 4, 8, 5, 12
+  h_PD = rng.normal(size=(W * P, D)).astype(np.float32)
+  w_DV = rng.normal(size=(D, V)).astype(np.float32)
+  target_P = rng.integers(V, size=W * P).astype(np.int32)
+  weight_P = rng.random(W * P).astype(np.float32)
+  mesh = jax.make_mesh((2, 2), ("node", "gpu"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
+                       devices=jax.devices()[:4])
+  cut = jax.sharding.PartitionSpec(("node", "gpu"))
+  words = jax.sharding.PartitionSpec(None, ("node", "gpu"))
+
+  def total(h_PD, w_DV, target_P, weight_P, axes=()):
+    h_PD = h_PD + layers.embed(w_DV.T, target_P, "float32", axes)
+    loss, correct = linear_cross_entropy(h_PD, w_DV, target_P, weight_P, chunk, axes)
+    return 0.3 * loss, correct
+
+  gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+  want = gradients(h_PD, w_DV, target_P, weight_P)
+
+  def local(*args):
+    (loss, correct), grads = gradients(*args, axes=("node", "gpu"))
+    return jax.lax.psum((loss, correct), ("node", "gpu")), grads
+
+  got = jit(jax.shard_map(local, mesh=mesh, in_specs=(cut, words, cut, cut),
+                          out_specs=(jax.sharding.PartitionSpec(), (cut, words))))(
+                              h_PD, w_DV, target_P, weight_P)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)

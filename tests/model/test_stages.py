@@ -46,7 +46,7 @@ def test_take_put(name, ranks, zero):
   mesh = mesh_lib.make_mesh(config.Mesh(pipe=ranks, data=2))
   values = lambda *shape: jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
   stacks = {"dense": {"w_DF": values(2, 12, 3), "gain_D": values(2, 5)}, "moe": values(3, 4)}
-  homes = placement.places(stacks, mesh, zero)
+  homes = placement.places(stacks, mesh, zero=zero)
   assert (homes["dense"]["w_DF"].spec == P(None, ("data", "pipe"), None)) == (zero and ranks == 2)
   axes = ("pipe", "data")
 

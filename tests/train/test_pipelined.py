@@ -19,7 +19,7 @@ HYPER = state.Hyper(jnp.float32(1e-2), jnp.float32(1e-3), jnp.float32(0.3))
 RUNTIME = config.Runtime(attention="reference", gemm="reference", head_chunk=16)
 MODELS = {
     "dense": config.replace(small.BASE, layers=3, dense_layers=3, mtp_depth=0),
-    "moe": small.BASE,
+    "moe": config.replace(small.BASE, vocab_size=24),
 }
 
 
@@ -56,7 +56,7 @@ def check(name, schedule, mesh, microbatches, layers=(), runtime=(), tolerance=1
   devices = mesh_lib.make_mesh(mesh)
   plan = pipelined.plan(cfg, microbatches)
   params = jax.device_put(params, placement.shardings(
-      placement.places(params, devices, cfg.runtime.zero > 0), devices))
+      placement.places(params, devices, cfg.runtime), devices))
   found = quick.jit(lambda p, b, batch: pipelined.gradients(
       cfg, p, b, batch, HYPER, devices, plan))(params, buffers, tokens(microbatches))
   want = expected(name, microbatches)
@@ -86,8 +86,9 @@ def test_moe():
 
 
 def test_experts_apart():
-  """Oracle: the sequential step's; experts over node and gpu, parameters cut by ZeRO-1."""
-  check("moe", "1f1b", {"pipe": 2, "node": 2, "gpu": 2}, 3, runtime={"runtime.zero": 1})
+  """Oracle: the sequential step; experts and words over node and gpu, ZeRO-1."""
+  check("moe", "1f1b", {"pipe": 2, "node": 2, "gpu": 2}, 3,
+        runtime={"runtime.zero": 1, "runtime.shard_vocab": True})
 
 
 def test_errors():
