@@ -1,10 +1,8 @@
 """Does all of the parallelism work together, on one machine?  (report 3.1 to 3.3, small)
 
-The tiny model as a cluster would run it: a DualPipeV pipeline of 2 ranks, experts over 2 nodes of 2
-devices with two-hop dispatch, the vocabulary over them too, FP8 recipe v3 (payloads in FP8), ZeRO-1.
-Changing runtime.mesh
-alone moves the same run to 1, 2, 4 or 8 devices; without a pipeline set
---config.runtime.pipeline.schedule=none.
+The tiny model as a cluster would run it: a DualPipeV pipeline of 2 ranks; experts over 2 nodes of 2
+devices with two-hop dispatch, and the vocabulary over them too; FP8 recipe v3, payloads included;
+ZeRO-1. Changing runtime.mesh alone moves the same run to 1, 2, 4 or 8 devices.
 
 Run:      XLA_FLAGS=--xla_force_host_platform_device_count=8 \\
             dsv3 train --config=experiments/tiny_mesh.py
