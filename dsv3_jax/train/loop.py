@@ -47,7 +47,7 @@ from dsv3_jax.train import evaluate as evaluate_lib
 from dsv3_jax.train import launch as launch_lib
 from dsv3_jax.train import metrics as metrics_lib
 from dsv3_jax.train import numerics as numerics_lib
-from dsv3_jax.train import optim, processes, schedules
+from dsv3_jax.train import optim, pipelined, processes, schedules
 from dsv3_jax.train import sample as sample_lib
 from dsv3_jax.train import state as state_lib
 from dsv3_jax.train import step as step_lib
@@ -138,6 +138,9 @@ class _Trainer:
     self.mtp_weight = schedules.mtp_weight(cfg.loss, train.tokens)
     self.rows = cfg.data.microbatch or cfg.data.batch_size
     self.micros = max(self.schedule.sizes) // self.rows
+    if cfg.runtime.schedule != "none":  # a batch that the pipeline cannot run is found now
+      for size in sorted(set(self.schedule.sizes)):
+        pipelined.plan(cfg, size // self.rows)
 
     optimizer = optim.make_optimizer(cfg.optim)
     self.graphdef, abstract, init = state_lib.initializer(

@@ -45,8 +45,9 @@ def plan(cfg: config.Config, microbatches: int) -> Plan:
     schedule = schedules.make(name, ranks, microbatches)
   except ValueError as e:
     raise config.ConfigError(
-        f"runtime.pipeline.schedule={name} on runtime.mesh.pipe={ranks}: {e}. A step's batch of "
-        f"data.batch_size={cfg.data.batch_size} is cut into micro-batches of data.microbatch="
+        f"runtime.pipeline.schedule={name} on runtime.mesh.pipe={ranks}: {e}. A step has as many "
+        f"micro-batches as data.batch_size={cfg.data.batch_size} (at first data.batch_start="
+        f"{cfg.data.batch_start or cfg.data.batch_size}) has data.microbatch="
         f"{cfg.data.microbatch or cfg.data.batch_size}") from e
   try:
     kinds = stages_lib.cut(cfg.model, schedule.stages, cfg.runtime.pipeline.layers or None)

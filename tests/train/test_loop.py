@@ -197,3 +197,34 @@ def test_ramp_mesh_and_samples(config, tmp_path):
   kinds = [s["kind"] for s in result.summary["samples"]]
   assert kinds == ["completion", "infill"] * 2
   assert all(s["text"] and s["reference"] for s in result.summary["samples"])
+
+
+def test_another_mesh_each_time(config, tmp_path):
+  """Oracle: the run on one device. The batch grows; the first part is a pipeline whose experts lie
+  apart under ZeRO-1, the second is data parallel, the last one device."""
+  config = config_lib.replace(config, **{
+      "data.batch_size": 8, "data.batch_start": 4, "data.microbatch": 2,
+      "data.batch_ramp_until": 0.5, "data.batch_ramp_stages": 1})
+  runs.run(config, tmp_path / "one")
+  parts = ({"runtime.mesh": {"pipe": 2, "gpu": 2}, "runtime.zero": 1,
+            "runtime.pipeline.schedule": "1f1b"}, {"runtime.mesh.data": 2}, {})
+  for changes, stop in zip(parts, (3, 5, None), strict=True):
+    ui = runs.Interrupt(stop) if stop else None
+    result = runs.run(config_lib.replace(config, **changes), tmp_path / "moved", ui)
+    assert result.finished == (stop is None)
+  pairs = [[r for r in runs.records(tmp_path / name) if r["kind"] == "train"]
+           for name in ("one", "moved")]
+  assert len({r["batch_size"] for r in pairs[0]}) == 2 and len(pairs[0]) == len(pairs[1])
+  for one, moved in zip(*pairs, strict=True):
+    for key, value in one.items():
+      np.testing.assert_allclose(moved[key], value, rtol=1e-4, err_msg=key) \
+          if isinstance(value, (float, list)) else None
+
+
+def test_a_pipeline_is_checked_for_every_batch_before_it_starts(config, tmp_path):
+  """Law: what the batch ramp would run into is said at once, with the keys."""
+  config = config_lib.replace(config, **{
+      "data.batch_size": 8, "data.batch_start": 4, "data.microbatch": 2,
+      "data.batch_ramp_until": 0.5, "data.batch_ramp_stages": 1, "runtime.mesh.pipe": 2})
+  with pytest.raises(config_lib.ConfigError, match="at least 2 .* ranks = 4.*data.batch_start=4"):
+    runs.run(config, tmp_path)
