@@ -54,7 +54,7 @@ def start(command: Sequence[str], processes: int, devices: int,
 
     def read(child=child, i=i) -> None:
       for line in child.stdout:
-        if not line.startswith("[Gloo]"):
+        if "[Gloo]" not in line and "peer ranks" not in line and line.strip():
           say(f"[{i}] {line.rstrip()}")
 
     children.append(child)

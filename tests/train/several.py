@@ -2,10 +2,10 @@
 
     python -m tests.train.several CACHE_DIR
 
-Each line of stdin is a job in JSON: workdir, config (its JSON text), processes, devices (of each),
+Each line of stdin is a job in JSON: id, workdir, config (its JSON text), processes, devices (of each),
 and end (null, or [process, step, signal]: that process gets the signal a moment after the numbers
-of that step appeared). The answer, a line too: codes and texts of the processes, and seconds from
-the first one's end to the last one's. This process has imported everything and started no backend,
+of that step appeared). The answer, a line too: id, codes and texts of the processes, and seconds
+from the first one's end to the last one's. This process has imported everything and started no backend,
 so that its children cost no imports.
 """
 
@@ -25,7 +25,7 @@ from dsv3_jax.train import launch, metrics
 from tests import quick
 from tests.train import fakes
 
-PATIENCE = 2.0
+PATIENCE = 4.0
 
 
 class Ui(metrics.Silent):
@@ -87,7 +87,7 @@ def run(job: dict, cache_dir: str) -> dict:
   time.sleep(0.2)  # last words come after the end
   for output in outputs:
     output.seek(0)
-  return {"codes": [codes[i] for i in range(len(pids))], "seconds": ends[-1] - ends[0],
+  return {"id": job["id"], "codes": [codes[i] for i in range(len(pids))], "seconds": ends[-1] - ends[0],
           "texts": [output.read().decode(errors="replace") for output in outputs]}
 
 
