@@ -182,6 +182,7 @@ class _Trainer:
     self.was_finished = self.step >= self.schedule.total_steps
     self.state_bytes = state_lib.bytes_per_device(abstract)
     self.flops_per_token = counts_lib.flops_per_token(cfg.model, cfg.data.sequence_length)
+    jax.block_until_ready(self.state)  # or it would be measured beside the initialisation
     self.peak = metrics_lib.peak_flops(1 if self.mesh is None else self.mesh.size)
     self.validation_host = (corpus.validation_batches(self.rows, train.eval_batches)
                             if train.eval_every else [])
