@@ -1,24 +1,24 @@
 """The executor: one SPMD program that runs any pipeline schedule (report 3.2.1).
 
 All ranks of the mesh axis `pipe` run the same program, a scan over ticks. At a tick a rank looks up
-in its column of the tables (`schedules/tables.py`) what to do and does that branch of a switch: a
-forward, a part of a backward, or a forward of one micro-batch and the backward of another, in one
-straight line, so that the compiler can hide the all-to-alls of one behind the matmuls of the
-other. Then all ranks pass on what they made by the same permutes.
+in its column of the tables (`schedules/tables.py`) what to do and does that op: a forward, a part
+of a backward, or a forward of one micro-batch and the backward of another, in one straight line, so
+that the compiler can hide the all-to-alls of one behind the matmuls of the other. Then all ranks
+pass on what they made by the same permutes.
 
     read     one slot of each buffer: x, g, i, w, c
-    switch   the opcode's branch: slots in, new values out
-    add      gradients and statistics to their sums
-    write    each value into its slot, what nobody wants into the last slot
+    do       the opcode's branch: what it makes goes into its slots and sums, in place
     send     y and dx by the channels FR, FL, BR, BL; write what came
 
-Buffers and sums stay outside of the switch, since XLA copies what goes in and out of a conditional:
-the branches see one slot. A branch returns values of one form whatever it does, zeros where it
-makes none.
+A branch is a loop of no or one turn, and not one of a conditional's: XLA copies whatever goes in
+and out of a conditional, and all branches of one must return the same arrays, zeros where they make
+none. A loop works on its state where it lies. So nothing is copied, what an op does not make costs
+nothing, and a gradient is added where it belongs by the op that made it. What a branch reads goes
+through a barrier in the loop, or the compiler would move the work in front of the loop, where every
+rank would do all of it at every tick.
 
 Legal within a branch are collectives over axes other than `pipe` whose groups are the ranks of one
-pipe rank, for these take the same branch; but no ppermute, which waits for all devices of the mesh.
-Never vmap this: a switch over a batch runs all branches.
+pipe rank, for these do the same op; but no ppermute, which waits for all devices of the mesh.
 
 Stages may be unlike: a `type` tells those apart that compute with other layers, and tables made
 with types have branches of their own for each. What they keep for the backward pass is put into one
@@ -34,17 +34,19 @@ each rank has them, and their gradients are to be summed over the ranks. `fixed`
 stage that has no gradient, `data` the micro-batch.
 """
 
-import collections
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from dsv3_jax.parallel import sharding
-from dsv3_jax.parallel.schedules.tables import Opcode, Tables
-from dsv3_jax.parallel.split import Array, Split, split
+from dsv3_jax.parallel import program, sharding
+from dsv3_jax.parallel.branch import Pool, State, at, join, put, where
+from dsv3_jax.parallel.program import Array
+from dsv3_jax.parallel.schedules.tables import Opcode, Role, Tables
+from dsv3_jax.parallel.split import split, whole
 
 
 class Result(NamedTuple):
@@ -70,74 +72,15 @@ class Sums(NamedTuple):
 
   Attributes:
     objective: fp32.
-    own: gradients, fp32, leaves [C, ...] as own's.
-    shared: gradients, fp32.
     stats: leaves [C, ...].
+    own: gradients, fp32, leaves [C, ...] as own's; None of a schedule without backward passes.
+    shared: gradients, fp32; None likewise.
   """
 
   objective: jax.Array
-  own: Any
-  shared: Any
   stats: Any
-
-
-class _Out(NamedTuple):
-  """What a branch returns."""
-
-  y: jax.Array
-  dx: jax.Array
-  i: list[jax.Array]
-  w: list[jax.Array]
-  c: list[jax.Array]
-  own: list[jax.Array]
-  shared: Any
-  objective: jax.Array
-  stats: Any
-
-
-class _Pool:
-  """Arrays that make room for one of several lists of arrays at a time."""
-
-  def __init__(self, lists: Mapping[Hashable, Sequence[Array]]):
-    most = collections.Counter()
-    for arrays in lists.values():
-      most |= collections.Counter(arrays)
-    self.arrays = list(most.elements())
-    self._places = {}
-    for key, arrays in lists.items():
-      free = {a: iter([k for k, b in enumerate(self.arrays) if a == b]) for a in set(arrays)}
-      self._places[key] = [next(free[a]) for a in arrays]
-
-  def zeros(self, *lead: int) -> list[jax.Array]:
-    return [a.zeros(*lead) for a in self.arrays]
-
-  def put(self, key: Hashable, values: Sequence[jax.Array]) -> list[jax.Array]:
-    pool = self.zeros()
-    for place, value in zip(self._places[key], values, strict=True):
-      pool[place] = lax.convert_element_type(value, self.arrays[place].dtype)
-    return pool
-
-  def get(self, key: Hashable, pool: Sequence[jax.Array]) -> list[jax.Array]:
-    return [pool[place] for place in self._places[key]]
-
-
-def _at(tree: Any, index: Any) -> Any:
-  return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)
-
-
-def _set(tree: Any, index: Any, values: Any) -> Any:
-  return jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, index, 0), tree, values)
-
-
-def _add(tree: Any, index: Any, values: Any, maxima: Any) -> Any:
-  def leaf(maximum, a, v):
-    return a.at[index].max(v) if maximum else a.at[index].add(v)
-
-  return jax.tree.map(leaf, jax.tree.broadcast(maxima, tree), tree, values)
-
-
-def _join(maximum: bool, total: jax.Array, value: jax.Array) -> jax.Array:
-  return jnp.maximum(total, value) if maximum else total + value
+  own: Any = None
+  shared: Any = None
 
 
 def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], own: Any,
@@ -166,114 +109,147 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
     raise ValueError(f"the tables are for {ranks} ranks, and mesh axis {axis!r} has "
                      f"{lax.axis_size(axis)}; make the schedule with the axis' size")
   own, shared, fixed, data = sharding.varying((own, shared, fixed, data), axes)
-  weights_C = [(jax.tree.map(lambda a, c=c: a[c], own), shared) for c in range(chunks)]
-  fixed_C = [jax.tree.map(lambda a, c=c: a[c], fixed) for c in range(chunks)]
-  some = _at(data, 0)
-  x = sharding.varying(enter(shared, some), axes)
-  stats, splits = None, {}
+  own_C, fixed_C = ([jax.tree.map(lambda a, c=c: a[c], tree) for c in range(chunks)]
+                    for tree in (own, fixed))
+  weights, some = (own_C[0], shared), at(data, 0)
+  enter_here = lambda shared, micro: sharding.varying(enter(shared, micro), axes)
+  entered = jax.eval_shape(enter_here, shared, some)
+  passing, fp32 = Array(entered.shape, entered.dtype, axes), Array((), jnp.float32, axes)
+  x = passing.zeros()
+  entering = program.reads(enter_here, shared, some)[:len(jax.tree.leaves(shared))]
+  trains = any(opcode.backward for opcode in tables.opcodes)
+  stats, parts = None, {}
   for kind in dict.fromkeys(role.type for opcode in tables.opcodes for role in opcode[1:] if role):
     stage = _as_split(stages[kind], axes)
-    (y, _), (stats, _) = jax.eval_shape(stage, weights_C[0], fixed_C[0], some, x)
+    (y, _), (stats, _) = jax.eval_shape(stage, weights, fixed_C[0], some, x)
     if y is not None and (y.shape, y.dtype) != (x.shape, x.dtype):
       raise ValueError(f"stage {kind!r} makes {y.dtype}{list(y.shape)} of {x.dtype}"
                        f"{list(x.shape)}; what passes from stage to stage must stay alike")
-    splits[kind] = split(stage, weights_C[0], fixed_C[0], some, x)
-  pools = {name: _Pool({kind: getattr(s, field) for kind, s in splits.items()})
+    parts[kind] = split(stage, weights, fixed_C[0], some, x) if trains else whole(stage)
+  pools = {name: Pool({kind: getattr(s, field) for kind, s in parts.items()})
            for name, field in (("i", "keeps_i"), ("w", "keeps_w"), ("c", "crossing"))}
+  own_maxima, shared_maxima = (jax.tree.leaves(jax.tree.broadcast(prefix, tree))
+                               for prefix, tree in zip(maxima, weights, strict=True))
 
-  def fp32(tree, *lead):
-    return jax.tree.map(lambda a: Array((*lead, *a.shape), jnp.float32, axes).zeros(), tree)
+  def keep(state: State, found: State, name: str, role: Role, row, values) -> None:
+    for k, value in zip(pools[name].places(role.type), values, strict=True):
+      found[name, k] = put(state[name, k], row[f"{name}_write"], value)
 
-  x_type = Array(x.shape, x.dtype, axes)
-  own_leaves = jax.tree.leaves(weights_C[0][0])
-  own_maxima, shared_maxima = jax.tree.broadcast(tuple(maxima), weights_C[0])
-  own_maxima = jax.tree.leaves(own_maxima)
+  def add(state: State, found: State, name: str, values, maxima, chunk: int | None = None) -> None:
+    """Values to their sums, to the chunk's entry where sums have one for each; None adds nothing"""
+    for k, (value, maximum) in enumerate(zip(values, maxima, strict=True)):
+      if value is None:
+        continue
+      total = found.get((name, k), state[name, k])
+      found[name, k] = (join(maximum, total, value) if chunk is None
+                        else put(total, chunk, join(maximum, total[chunk], value)))
 
-  def nothing() -> _Out:
-    return _Out(x_type.zeros(), x_type.zeros(), *(pools[p].zeros() for p in "iwc"),
-                fp32(own_leaves), fp32(shared), fp32(jnp.zeros(())), fp32(stats))
+  def forward(state: State, role: Role, given: dict[str, Any]) -> State:
+    row, shared = given["row"], given["shared"]
+    micro = at(given["data"], row["forward_microbatch"])
+    x = enter_here(shared, micro) if role.first else given["read"]["x",]
+    own, fixed = given["forward"]
+    ((y, objective), (stats, early)), i, w = parts[role.type].forward(
+        (own, shared), fixed, micro, x)
+    found = {("objective",): state["objective",] + objective}
+    keep(state, found, "i", role, row, i)
+    keep(state, found, "w", role, row, w)
+    stats = jax.tree.leaves(stats)
+    add(state, found, "stats", stats, [False] * len(stats), role.chunk)
+    if trains:
+      none = {key: jax.tree.map(lambda _: None, tree) for key, tree in shared.items()}
+      early = jax.tree.leaves(none | early, is_leaf=lambda g: g is None)
+      add(state, found, "shared", early, shared_maxima)
+    if role.local:
+      found["x",] = put(state["x",], row["x_write"], y)
+    elif y is not None:
+      found["y",] = y
+    return found
 
-  def branch(opcode: Opcode) -> Callable:
-    @jax.named_scope(opcode.kind or "idle")  # a profile's ticks, and what analysis/overlap.py asks
-    def body(read, row):
-      out = nothing()
+  def backward(state: State, kind: str, role: Role, given: dict[str, Any]) -> State:
+    row, shared, part = given["row"], given["shared"], parts[role.type]
+    micro = at(given["data"], row["backward_microbatch"])
+    own, fixed = given["backward"]
+    known = (own, shared), fixed, micro
+    i, w, c = ([given["read"].get((p, k)) for k in pools[p].places(role.type)] for p in "iwc")
+    found, gradients = {}, []
+    if kind != "W":
+      light, dx, c = part.backward_input(*known, i, w, given["read"]["g",])
+      gradients.append(light)
+      if kind == "I":
+        keep(state, found, "c", role, row, c)
+      if role.first:
+        entered = jax.tree.leaves(jax.vjp(lambda s: enter_here(s, micro), shared)[1](dx)[0])
+        entered = [g if used else None for g, used in zip(entered, entering, strict=True)]
+        add(state, found, "shared", entered, shared_maxima)
+      elif role.local:
+        found["g",] = put(state["g",], row["g_write"], dx)
+      else:
+        found["dx",] = dx
+    if kind != "I":
+      gradients.append(part.backward_weights(*known, w, c))
+    gradients = [next((g for g in gs if g is not None), None) for gs in zip(*gradients)]
+    add(state, found, "own", gradients[:len(own_maxima)], own_maxima, role.chunk)
+    add(state, found, "shared", gradients[len(own_maxima):], shared_maxima)
+    return found
+
+  def branch(number: int, opcode: Opcode) -> Callable:
+    @jax.named_scope(f"branch_{number}/{opcode.kind}")  # a profile's, and analysis/overlap.py's
+    def body(state: State, given: dict[str, Any]) -> State:
+      found = {}
       if opcode.forward is not None:
-        out = _forward(out, opcode.forward, read["x"], row["forward_microbatch"])
+        found |= forward(state, opcode.forward, given)
       if opcode.backward is not None:
-        out = _backward(out, opcode.kind, opcode.backward, read, row["backward_microbatch"])
-      return sharding.varying(out._replace(i=(), w=(), c=()), axes)._replace(
-          i=out.i, w=out.w, c=out.c)
+        found |= backward(state | found, opcode.kind, opcode.backward, given)
+      return sharding.varying(found, axes)
 
     return body
 
-  def _forward(out, role, x, microbatch):
-    micro = _at(data, microbatch)
-    x = sharding.varying(enter(shared, micro), axes) if role.first else x
-    ((y, objective), (found, early)), i, w = splits[role.type].forward(
-        weights_C[role.chunk], fixed_C[role.chunk], micro, x)
-    early = {key: jax.tree.map(lambda a: a.astype(jnp.float32), g) for key, g in early.items()}
-    return out._replace(y=out.y if y is None else y, i=pools["i"].put(role.type, i),
-                        w=pools["w"].put(role.type, w), objective=objective, stats=found,
-                        shared=out.shared | early)
+  def seen(opcode: Opcode, row, read: State) -> dict[str, Any]:
+    """What a branch reads, and what is read of the buffers that it writes: so it comes after the
+    reading, and can write in place."""
+    names = {name for name in read if name[0] in "xg"}
+    given = {"row": row, "data": data, "shared": shared}
+    for part, buffers in (("forward", "iw"), ("backward", "iwc")):
+      if (role := getattr(opcode, part)) is not None:
+        given[part] = own_C[role.chunk], fixed_C[role.chunk]
+        names |= {(p, k) for p in buffers for k in pools[p].places(role.type)}
+    return given | {"read": {name: a for name, a in read.items() if name in names}}
 
-  def _backward(out, kind, role, read, microbatch):
-    parts: Split = splits[role.type]
-    micro = _at(data, microbatch)
-    given = weights_C[role.chunk], fixed_C[role.chunk], micro
-    i, w, c = (pools[p].get(role.type, read[p]) for p in "iwc")
-    found = []
-    if kind != "W":
-      light, dx, c = parts.backward_input(*given, i, w, read["g"])
-      found.append(light)
-      out = out._replace(dx=dx)
-      if role.first:
-        pull = jax.vjp(lambda s: sharding.varying(enter(s, micro), axes), shared)[1]
-        out = out._replace(shared=jax.tree.map(_join, shared_maxima, out.shared, pull(dx)[0]))
-      if kind == "I":
-        out = out._replace(c=pools["c"].put(role.type, c))
-    if kind != "I":
-      found.append(parts.backward_weights(*given, w, c))
-    gradients = [next((g for g in gs if g is not None), None) for gs in zip(*found)]
-    n = len(own_leaves)
-    own = [a if g is None else g.astype(jnp.float32) for a, g in zip(out.own, gradients)]
-    leaves, tree = jax.tree.flatten(out.shared)
-    leaves = [a if g is None else _join(m, a, g) for m, a, g in zip(
-        jax.tree.leaves(shared_maxima), leaves, gradients[n:], strict=True)]
-    return out._replace(own=own, shared=jax.tree.unflatten(tree, leaves))
-
-  branches = [branch(opcode) for opcode in tables.opcodes]
-  chunk_of = lambda part: jnp.array([0 if (role := getattr(o, part)) is None else role.chunk
-                                     for o in tables.opcodes])
-  forward_chunk, backward_chunk = chunk_of("forward"), chunk_of("backward")
   right = [(r, r + 1) for r in range(ranks - 1)]
   left = [(b, a) for a, b in right]
 
-  def tick(carry, row):
-    buffers, sums = carry
-    read = {name: _at(buffer, row[f"{name}_read"]) for name, buffer in buffers.items()}
-    out = lax.switch(row["op"], branches, read, row)
-    made = {"x": out.y, "g": out.dx, "i": out.i, "w": out.w, "c": out.c}
-    buffers = {n: _set(buffer, row[f"{n}_write"], made[n]) for n, buffer in buffers.items()}
-    for channel in tables.channels:
-      value = lax.ppermute(out.y if channel[0] == "F" else out.dx, axis,
-                           right if channel[1] == "R" else left)
-      name = "x" if channel[0] == "F" else "g"
-      buffers[name] = _set(buffers[name], row[channel], value)
-    sums = Sums(sums.objective + out.objective,
-                _add(sums.own, backward_chunk[row["op"]], out.own, own_maxima),
-                jax.tree.map(_join, shared_maxima, sums.shared, out.shared),
-                _add(sums.stats, forward_chunk[row["op"]], out.stats, False))
-    return (buffers, sums), None
+  def tick(state: State, row) -> tuple[State, None]:
+    for channel in tables.channels:  # what the tick before made
+      made, name = (("y",), ("x",)) if channel[0] == "F" else (("dx",), ("g",))
+      value = lax.ppermute(state[made], axis, right if channel[1] == "R" else left)
+      state = state | {name: put(state[name], row[channel], value)}
+    read = {name: at(a, row[f"{name[0]}_read"]) for name, a in state.items() if name[0] in slots}
+    for number, opcode in enumerate(tables.opcodes):
+      if opcode.kind is not None:
+        state = where(row["op"] == number, branch(number, opcode), state, seen(opcode, row, read))
+    return state, None
 
-  slots = tables.slots
-  buffers = {"x": x_type.zeros(slots["x"]), "g": x_type.zeros(slots["g"]),
-             **{p: pools[p].zeros(slots[p]) for p in "iwc"}}
-  sums = Sums(fp32(jnp.zeros(())), fp32(own_leaves, chunks), fp32(shared), fp32(stats, chunks))
+  slots = {name: count for name, count in tables.slots.items() if count}
+  sums = {"own": own, "shared": shared} if trains else {}
+  sums["stats"] = jax.tree.map(lambda a: fp32.zeros(chunks, *a.shape), stats)
+  state: State = {(p, k): a.zeros(slots[p]) for p in "iwc" if p in slots
+                  for k, a in enumerate(pools[p].arrays)}
+  state |= {(name, k): fp32.zeros(*a.shape) for name, tree in sums.items()
+            for k, a in enumerate(jax.tree.leaves(tree))}
+  state |= {(name,): passing.zeros(slots[name]) for name in "xg" if name in slots}
+  state |= {("y",): passing.zeros(), ("dx",): passing.zeros(), ("objective",): fp32.zeros()}
+  columns = tables.columns | {c: np.roll(tables.columns[c], 1, 0) for c in tables.channels}
   rank = lax.axis_index(axis)
   rows = {name: sharding.varying(jnp.asarray(column)[:, rank], axes)
-          for name, column in tables.columns.items()}
-  sums = lax.scan(tick, (buffers, sums), rows)[0][1]
-  return sums._replace(own=jax.tree.unflatten(jax.tree.structure(weights_C[0][0]), sums.own))
+          for name, column in columns.items()}
+  state = lax.scan(tick, state, rows)[0]
+
+  def total(name: str) -> Any:
+    leaves, tree = jax.tree.flatten(sums[name])
+    return jax.tree.unflatten(tree, [state[name, k] for k in range(len(leaves))])
+
+  return Sums(state["objective",], **{name: total(name) for name in sums})
 
 
 def _chunks(tables: Tables) -> int:

@@ -121,3 +121,12 @@ class Program:
 def numbers(atoms: Iterable[Atom]) -> list[int]:
   """Those that are values of the program."""
   return [a for a in atoms if not isinstance(a, core.Literal)]
+
+
+def reads(function: Callable, *args) -> list[bool]:
+  """Which leaves of the arguments the function's results come from."""
+  program = Program(function, *args)
+  found = set(numbers(program.outputs))
+  for i in program.needed(program.outputs):
+    found.update(numbers(program.steps[i].inputs))
+  return [a in found for a in program.inputs]

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import jit
 from jax.extend import core
 
 from dsv3_jax.parallel import sharding
@@ -37,14 +39,17 @@ HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_
                    "pallas_call", "ffi_call", "scan", "while", "cond"})
 _LAYOUT = frozenset({"transpose", "reshape", "broadcast_in_dim", "convert_element_type", "squeeze",
                      "expand_dims", "slice", "pad", "concatenate"})
+_SPREAD = frozenset({"broadcast_in_dim", "convert_element_type", "pvary", "pcast"})
+
+
 class Split(NamedTuple):
   """See the module docstring; keeps and crossing are lists of arrays.
 
   Attributes:
     forward: (weights, fixed, data, x) -> (result of the stage, keeps_i, keeps_w).
     backward_input: (weights, fixed, data, keeps_i, keeps_w, dy) -> (gradients, dx, crossing),
-      gradients a list of the weights' leaves, None where they are W's.
-    backward_weights: (weights, fixed, data, keeps_w, crossing) -> gradients, None where I's.
+      gradients a list of the weights' leaves, None where they are W's or 0.
+    backward_weights: (weights, fixed, data, keeps_w, crossing) -> gradients, None where I's or 0.
     keeps_i, keeps_w, crossing: their types.
   """
 
@@ -109,8 +114,10 @@ def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) ->
   gradients, dx = second.outputs[:number], second.outputs[number:]
   at_once, late = _partition(second, gradients, dx)
   made_late = {a for i in late for a in second.steps[i].outputs}
-  light = [k for k, a in enumerate(gradients) if isinstance(a, core.Literal) or a not in made_late]
-  heavy = [k for k in range(number) if k not in light]
+  zero = _zeros(second)
+  wanted = [k for k, a in enumerate(gradients) if not zero(a)]
+  heavy = [k for k in wanted if gradients[k] in made_late]
+  light = [k for k in wanted if k not in heavy]
   read_late = {a for i in late for a in numbers(second.steps[i].inputs)}
   start = sum(counts[:3])
   stash_inputs = second.inputs[start:start + len(stash)]
@@ -150,10 +157,16 @@ def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) ->
     values = base(weights, fixed, data, keeps_w) | dict(zip(crossing, crossed, strict=True))
     return aligned(heavy, second.run(late_steps, values, [gradients[k] for k in heavy]))
 
-  return Split(run_forward, backward_input, backward_weights,
+  # Each is called in several branches, and is traced once for all of them.
+  return Split(jit(run_forward), jit(backward_input), jit(backward_weights),
                tuple(first.types[a] for a, w in zip(stash, in_w) if not w),
                tuple(first.types[a] for a, w in zip(stash, in_w) if w),
                tuple(second.types[a] for a in crossing))
+
+
+def whole(stage: Callable) -> Split:
+  """A stage of which the forward alone is wanted, and nothing kept."""
+  return Split(lambda *args: (stage(*args), [], []), None, None, (), (), ())
 
 
 def _given(program: Program, counts: Sequence[int]) -> dict[int, set[str]]:
@@ -167,6 +180,16 @@ def _given(program: Program, counts: Sequence[int]) -> dict[int, set[str]]:
     found = set().union(*(given[a] for a in numbers(step.inputs)))
     given |= dict.fromkeys(step.outputs, found)
   return given
+
+
+def _zeros(program: Program) -> Callable[[Atom], bool]:
+  """Whether a value is 0 as written: the gradient of what is not used."""
+  found: set[int] = set()
+  zero = lambda a: not np.any(a.val) if isinstance(a, core.Literal) else a in found
+  for step in program.steps:
+    if step.eqn.primitive.name in _SPREAD and all(map(zero, step.inputs)):
+      found.update(step.outputs)
+  return zero
 
 
 def _partition(program: Program, gradients: Sequence[Atom], dx: Sequence[Atom]

@@ -30,7 +30,7 @@ def expected(stages, microbatches):
 @pytest.mark.parametrize("name, ranks, microbatches, unit", [
     ("gpipe", 4, 5, False), ("1f1b", 4, 5, True), ("1f1b", 2, 3, False), ("zb1p", 4, 7, False),
     ("zb1p", 1, 2, False), ("dualpipe", 2, 6, False), ("dualpipe", 4, 10, False),
-    ("dualpipe_v", 2, 5, False), ("dualpipe_v", 4, 9, False)])
+    ("dualpipe_v", 1, 3, False), ("dualpipe_v", 2, 5, False), ("dualpipe_v", 4, 9, False)])
 def test_gradients(name, ranks, microbatches, unit):
   """Oracle: jax.grad of the chain on one device."""
   plan = make(name, ranks, microbatches)

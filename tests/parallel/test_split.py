@@ -15,11 +15,19 @@ def layer(w, x):
   return x + jnp.tanh(x * w["gain_D"] @ w["in_DD"]) @ w["out_DD"].T
 
 
+@jax.custom_vjp
+def unseen(w):
+  return w.sum()
+
+
+unseen.defvjp(lambda w: (w.sum(), None), lambda _, g: (None,))
+
+
 def stage(weights, fixed, data, x):
   for w in weights["layers"]:
     x = layer(w, x) + jnp.sin(data)
   x += jnp.tanh(jnp.cos(data) @ weights["data_1D"]) @ weights["mix_DD"]  # x is in none of this
-  return (x, (x * fixed).sum()), {"max": x.max()}
+  return (x, (x * fixed).sum() + unseen(weights["unseen_D"])), {"max": x.max()}
 
 
 @pytest.fixture
@@ -27,8 +35,8 @@ def arguments():
   draw = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.float32)
   one = lambda: {"gain_D": normal(D), "in_DD": normal(D, D) / 3, "out_DD": normal(D, D) / 3}
-  weights = {"layers": [one(), one()], "unused_D": normal(D), "data_1D": normal(1, D),
-             "mix_DD": normal(D, D)}
+  weights = {"layers": [one(), one()], "unused_D": normal(D), "unseen_D": normal(D),
+             "data_1D": normal(1, D), "mix_DD": normal(D, D)}
   return weights, jnp.float32(2), normal(B, 1), normal(B, D)
 
 
@@ -45,8 +53,11 @@ def test_split(arguments, remat):
   ((y_found, objective_found), extra_found), i, w = parts.forward(*arguments)
   light, dx_found, crossing = parts.backward_input(weights, fixed, data, i, w, dy)
   heavy = parts.backward_weights(weights, fixed, data, w, crossing)
-  assert all((a is None) != (b is None) for a, b in zip(light, heavy, strict=True))
-  dw_found = [a if b is None else b for a, b in zip(light, heavy, strict=True)]
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
+  assert [n for n, a, b in zip(names, light, heavy, strict=True)
+          if (a is None) == (b is None)] == ["['unseen_D']", "['unused_D']"]  # their 0 is not made
+  dw_found = [next((g for g in (a, b) if g is not None), jnp.zeros(D))
+              for a, b in zip(light, heavy, strict=True)]
   for a, b in zip(jax.tree.leaves((y_found, objective_found, extra_found, dx_found, dw_found)),
                   jax.tree.leaves((y, objective, extra, dx, dw)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

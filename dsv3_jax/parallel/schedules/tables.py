@@ -10,8 +10,8 @@ A rank keeps what waits for a later op in five buffers, each an array of slots:
 
 A slot is free again in the tick of its value's last reading: within a tick all readings come before
 all writings. Slots are dealt out in the order of time, lowest free one first, so a buffer has as
-many as there are values alive at once on the rank that needs most, and then one more, the last, for
-what is to be thrown away: an array has the same writes on every rank and tick, wanted or not.
+many as there are values alive at once on the rank that needs most. x and g have one more, the last,
+for what is to be thrown away: a permute brings something on every rank and tick, wanted or not.
 
 What a tick does is one of few opcodes, so that the program has a branch for each and no
 decision within one. All that a branch must know at compile time stands in its Opcode; what changes
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 READS = {"x_read": "x", "g_read": "g", "i_read": "i", "w_read": "w", "c_read": "c"}
 WRITES = {"x_write": "x", "g_write": "g", "i_write": "i", "w_write": "w", "c_write": "c",
           "FR": "x", "FL": "x", "BR": "g", "BL": "g"}
+PASSED = ("x", "g")  # buffers into which other ranks send
 
 
 class Role(NamedTuple):
@@ -68,8 +69,8 @@ class Tables(NamedTuple):
     opcodes: the branches; 0 is idling.
     columns: name -> int32 [T, R], T ticks and R ranks: "op" (index into opcodes),
       "forward_microbatch" and "backward_microbatch" (0 where the op has none), READS and WRITES
-      (slots; the last one where nothing is read or written).
-    slots: buffer -> number of its slots, the last one included.
+      (slots; where nothing is read or written the last one of x and g, 0 of the others).
+    slots: buffer -> number of its slots; 0 where nothing is ever kept in it.
     channels: those of lockstep.CHANNELS that carry something at some tick.
   """
 
@@ -108,9 +109,9 @@ def tables(ticks: "Ticks", types: Sequence[Hashable] | None = None) -> Tables:
     for message in messages:
       slot = buffers[message.target][WRITES[message.channel]].write(message.unit)
       columns[message.channel][t, message.target] = slot
-  slots = {name: 1 + max(b[name].count for b in buffers) for name in READS.values()}
+  slots = {name: max(b[name].count for b in buffers) + (name in PASSED) for name in READS.values()}
   for name, buffer in (READS | WRITES).items():
-    columns[name][columns[name] < 0] = slots[buffer] - 1
+    columns[name][columns[name] < 0] = slots[buffer] - 1 if buffer in PASSED else 0
   used = {m.channel for messages in ticks.messages for m in messages}
   return Tables(tuple(opcodes), columns, slots, tuple(c for c in WRITES if c in used))
 
