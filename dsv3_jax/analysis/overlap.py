@@ -36,8 +36,8 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 # These take no time, or are asynchronous and looked at on their own.
 _FREE = frozenset({"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all",
                    "partition-id", "replica-id", "opt-barrier"})
-# A branch of the executor's switch, and the op that it does.
-_OP = re.compile(r"branch_(\d+)_fun/(FB|F|B|I|W)\b")
+# A branch of the executor, and the op that it does.
+_OP = re.compile(r"branch_(\d+)(?:_fun)?/(FB|F|B|I|W)\b")
 
 
 class Exchange(NamedTuple):
