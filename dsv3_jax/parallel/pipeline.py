@@ -2,9 +2,9 @@
 
 All ranks of the mesh axis `pipe` run the same program, a scan over ticks. At a tick a rank looks up
 in its column of the tables (`schedules/tables.py`) what to do and does that op: a forward, a part
-of a backward, or a forward of one micro-batch and the backward of another, in one straight line, so
-that the compiler can hide the all-to-alls of one behind the matmuls of the other. Then all ranks
-pass on what they made by the same permutes.
+of a backward, or a forward of one micro-batch and the backward of another, in one straight line and
+in an order that hides the all-to-alls of one behind the matmuls of the other (`interleave.py`).
+Then all ranks pass on what they made by the same permutes.
 
     read     one slot of each buffer: x, g, i, w, c
     do       the opcode's branch: what it makes goes into its slots and sums, in place
@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsv3_jax.parallel import program, sharding
+from dsv3_jax.parallel import interleave, program, sharding
 from dsv3_jax.parallel.branch import Pool, State, at, join, put, where
 from dsv3_jax.parallel.program import Array
 from dsv3_jax.parallel.schedules.tables import Opcode, Role, Tables
@@ -203,7 +203,7 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
         found |= backward(state | found, opcode.kind, opcode.backward, given)
       return sharding.varying(found, axes)
 
-    return body
+    return interleave.interleaved(body) if opcode.kind == "FB" else body
 
   def seen(opcode: Opcode, row, read: State) -> dict[str, Any]:
     """What a branch reads, and what is read of the buffers that it writes: so it comes after the

@@ -1,0 +1,98 @@
+"""Matmuls that all-to-alls travel behind: the plan, and that results stay what they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from dsv3_jax.parallel import compiler, interleave
+from tests import quick
+
+
+def graph(text):
+  """ "a3 b1a3": operation b1 reads a3. x: exchange, m: matmul, else neither; two characters each"""
+  kinds, reads = {}, {}
+  for word in text.split():
+    node, *inputs = [word[k:k + 2] for k in range(0, len(word), 2)]
+    kinds[node] = {"x": "exchange", "m": "matmul"}.get(node[0], "")
+    reads[node] = set(inputs)
+  return kinds, reads
+
+
+@pytest.mark.parametrize("text, behind", [
+    # Alone, an exchange waits; what follows it cannot hide it, what is apart can.
+    ("m1 x1m1 m2x1", {"x1": ""}),
+    ("m1 x1m1 m2x1 m3", {"x1": "m3"}),
+    # Two chains, the longer one first: each computes while the other's exchange travels.
+    ("m1 x1m1 m2x1 m3 m4m3 x2m4 m5x2 m6m5", {"x1": "m5 m6", "x2": "m1"}),
+    # What nothing waits for (m5, m6) is kept until there is a gap.
+    ("m1 m5 m6 x1m1 m2x1 m3m2", {"x1": "m5 m6"}),
+    # Order: m2 (4 to the end), m1 (3), then m3. One exchange travels at a time.
+    ("m1 x1m1 x2m1 m2 m3m2 m4m3 m5m4 e1x1x2", {"x1": "m3 m4", "x2": "m5"})])
+def test_plan(text, behind):
+  """Oracle: by hand."""
+  kinds, reads = graph(text)
+  order, found = interleave.plan(kinds, reads)
+  assert {x: " ".join(ms) for x, ms in found.items()} == behind
+  check(kinds, reads, order, found)
+
+
+def check(kinds, reads, order, behind):
+  """Everything once, after what it reads; matmuls between the two ends of what they hide."""
+  place = {event: k for k, event in enumerate(order)}
+  assert len(place) == len(order) == len(kinds) + len(behind)
+  ends = lambda node: place[node, node in behind]
+  assert all(ends(other) < place[node, False] for node in kinds for other in reads[node])
+  assert all(place[x, False] < place[m, False] < place[x, True]
+             for x, matmuls in behind.items() for m in matmuls)
+
+
+def test_plan_of_anything():
+  """Law, on random graphs: inputs come first, and nothing idles while a matmul could be done."""
+  draw = np.random.default_rng(0)
+  for _ in range(50):
+    kinds, reads = {}, {}
+    for node in range(40):
+      kinds[node] = draw.choice(["exchange", "matmul", "matmul", ""])
+      reads[node] = {int(r) for r in draw.integers(0, node, 2)} if node > 3 else set()
+    order, behind = interleave.plan(kinds, reads)
+    check(kinds, reads, order, behind)
+    assert all(len(matmuls) <= interleave.TRAVEL for matmuls in behind.values())
+
+
+def test_results_stay():
+  """Law: the function itself, with exchanges, calls, a loop, and results that are arguments."""
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+
+  def function(tree, z):
+    x, w = tree["x"], tree["w"]
+    exchange = lambda a: jax.lax.all_to_all(a, "d", 0, 0, tiled=True)
+    y = jnp.tanh(exchange(x @ w)) @ w
+    y = exchange(jax.jit(jnp.sin)(y)) @ w
+    z = jax.lax.fori_loop(0, 3, lambda _, z: z @ w, z)
+    return {"y": y, "z": [z @ w, jnp.float32(2)]}, x
+
+  draw = np.random.default_rng(1)
+  normal = lambda *shape: jnp.asarray(draw.normal(size=shape) / 3, jnp.float32)
+  args = {"x": normal(16, 8), "w": normal(8, 8)}, normal(16, 8)
+  cut, rep = PartitionSpec("d"), PartitionSpec()
+
+  def run(function):
+    return jax.shard_map(function, mesh=mesh, in_specs=({"x": cut, "w": rep}, cut),
+                         out_specs=({"y": cut, "z": [cut, rep]}, cut))
+
+  hidden = run(interleave.interleaved(function))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+               quick.jit(hidden)(*args), quick.jit(run(function))(*args))
+  assert "optimization_barrier" in str(jax.make_jaxpr(hidden)(*args))
+
+
+def test_compiler_options_are_known():
+  """Law: this jax knows each option that a training step sets on GPUs."""
+  for key, value in compiler.OPTIONS.items():
+    jax.jit(lambda x: x, compiler_options={key: value}).lower(0.0).compile()
+  with pytest.raises(Exception, match="No such compile option"):
+    jax.jit(lambda x: x, compiler_options={"xla_gpu_nothing": 1}).lower(0.0).compile()
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+  assert compiler.options(mesh) is None and compiler.options(None) is None
