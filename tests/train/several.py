@@ -2,11 +2,11 @@
 
     python -m tests.train.several CACHE_DIR
 
-Each line of stdin is a job in JSON: id, workdir, config (its JSON text), processes, devices (of each),
-and end (null, or [process, step, signal]: that process gets the signal a moment after the numbers
-of that step appeared). The answer, a line too: id, codes and texts of the processes, and seconds
-from the first one's end to the last one's. This process has imported everything and started no backend,
-so that its children cost no imports.
+Each line of stdin is a job in JSON: id, workdir, config (its JSON text), processes, devices (of
+each), and end (null, or [process, step, signal]: that process gets the signal a moment after the
+numbers of that step appeared). The answer, a line too: id, codes and texts of the processes, and
+seconds from the first one's end to the last one's. This process has imported everything and started
+no backend, so that its children cost no imports.
 """
 
 import functools
@@ -87,8 +87,8 @@ def run(job: dict, cache_dir: str) -> dict:
   time.sleep(0.2)  # last words come after the end
   for output in outputs:
     output.seek(0)
-  return {"id": job["id"], "codes": [codes[i] for i in range(len(pids))], "seconds": ends[-1] - ends[0],
-          "texts": [output.read().decode(errors="replace") for output in outputs]}
+  return {"id": job["id"], "codes": [codes[i] for i in range(len(pids))],
+          "seconds": ends[-1] - ends[0], "texts": [o.read().decode(errors="replace") for o in outputs]}
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ class _Helper:
 
   def __call__(self, config, folder, processes, devices, end=None) -> dict:
     self._jobs += 1
-    job = {"id": self._jobs, "workdir": str(folder), "config": config_lib.to_json(config), "processes": processes,
-           "devices": devices, "end": end}
+    job = {"id": self._jobs, "workdir": str(folder), "config": config_lib.to_json(config),
+           "processes": processes, "devices": devices, "end": end}
     self._child.stdin.write(json.dumps(job) + "\n")
     self._child.stdin.flush()
     while True:  # answers to a test that was timed out come before
