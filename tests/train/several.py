@@ -88,7 +88,8 @@ def run(job: dict, cache_dir: str) -> dict:
   for output in outputs:
     output.seek(0)
   return {"id": job["id"], "codes": [codes[i] for i in range(len(pids))],
-          "seconds": ends[-1] - ends[0], "texts": [o.read().decode(errors="replace") for o in outputs]}
+          "seconds": ends[-1] - ends[0],
+          "texts": [o.read().decode(errors="replace") for o in outputs]}
 
 
 def main() -> None:
