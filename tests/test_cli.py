@@ -13,7 +13,7 @@ import pytest
 from dsv3_jax import cli, train
 from dsv3_jax import config as config_lib
 from dsv3_jax.config import ConfigError
-from dsv3_jax.train import schedules
+from dsv3_jax.train import launch, schedules
 from tests.analysis import synthetic
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +73,26 @@ def test_readmes_notebook_example_leaves_the_warm_up(monkeypatch, tmp_path):
   last = batches.total_steps - 1
   rate = schedules.learning_rate(config.optim, config.train.tokens)
   assert rate(batches.tokens_before(last), last + 1) == pytest.approx(config.optim.lr_last)
+
+
+def test_flags_of_several_processes_go_to_the_run(monkeypatch, tmp_path):
+  """Oracle: the values given; process 0 alone writes command.txt; a missing flag is bad input."""
+  words = ["train", f"--config={TINY}", f"--workdir={tmp_path}"]
+  assert cli.run([*words, "--processes=2", "--process=1"]) == 2
+  given = []
+
+  def run(config, workdir, launch=None):
+    given.append(launch)
+    return train.RunResult(workdir, 1, 1, False, 143, {}, first=launch is None)
+
+  monkeypatch.setattr(train, "run", run)
+  monkeypatch.setattr("dsv3_jax.analysis.report.write", lambda workdir: workdir)
+  more = ["--coordinator=h:1", "--processes=3", "--process=1", "--patience=5"]
+  assert cli.run([*words, *more]) == 143
+  assert given == [launch.Launch("h:1", 3, 1, None, 5.0, 300.0)]
+  assert not (tmp_path / "command.txt").exists()
+  assert cli.run([*words, "--processes=1"]) == 143 and given[1] is None
+  assert (tmp_path / "command.txt").exists()
 
 
 # --- configs --------------------------------------------------------------------------------------
