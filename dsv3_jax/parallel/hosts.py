@@ -74,8 +74,12 @@ def whole(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
   """
   if mesh is None or not mesh.is_multi_process:
     return jax.device_put(tree, jax.local_devices()[0])
-  replicated = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+  replicated = jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
   return jax.tree.map(lambda x: x.addressable_data(0), replicated)
+
+
+def _same(tree: Any) -> Any:
+  return tree
 
 
 def parts(x: Any) -> Any:
