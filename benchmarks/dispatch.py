@@ -1,17 +1,23 @@
 """Expert parallelism: what crosses between nodes, and what dispatch and combine cost.
 
     python -m benchmarks.dispatch
+    python -m benchmarks.dispatch --profile    where the time of dispatch and combine goes
 
 Crossings are counted at the report's scale, 8 nodes of 8 devices with 256 experts, 8 a token on at
 most 4 nodes: rows from routings of the real router, bytes from the traced program (its all-to-alls
 between nodes, forward and backward; buffers hold 1.25 times the mean share). Both stand next to
-what probability predicts. The last lines run one MoE layer, forward and backward, on 8 virtual
-devices of this machine: dispatch and combine alone against the whole layer.
+what probability predicts. The last lines run on 8 virtual devices of this machine, forward and
+backward: dispatch and combine alone against an MoE layer (attention and feed-forward) and against
+its feed-forward.
 """
 
+import collections
 import functools
 import math
 import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from benchmarks import common
 
@@ -139,93 +145,161 @@ def crossing_lines() -> list[common.Line]:
   return lines
 
 
-def layer_sides(shape: tuple[int, int], factor: float, form: str, tokens: int = 256):
-  """(the MoE layer, dispatch and combine alone), each forward and backward on 8 devices."""
+class Sides(NamedTuple):
+  """Functions that run forward and backward on 8 devices and wait for the end."""
+
+  block: Callable[[], Any]  # attention and MoE feed-forward
+  ffn: Callable[[], Any]  # the MoE feed-forward
+  moves: Callable[[], Any]  # its dispatch and combine
+  narrow: Callable[[], Any]  # the same with rows of 8 numbers: plans, messages, meetings
+  hlo: Callable[[], str]  # of `moves`
+
+
+def layer_sides(shape: tuple[int, int], factor: float, form: str, tokens: int = 256) -> Sides:
+  """One MoE layer of the tiny model, `tokens` tokens a device on a mesh of `shape`."""
   import jax
+  import jax.numpy as jnp
   import numpy as np
   from flax import nnx
   from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
   from dsv3_jax import config
-  from dsv3_jax.model import moe, routing
+  from dsv3_jax.model import block, moe, rope, routing
   from dsv3_jax.parallel import dispatch, rounds, sharding
 
   cfg = config.Model()
   mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
   cut, whole = PartitionSpec(AXES), PartitionSpec()
   settings = dispatch.Settings(AXES, form, factor=factor)
-  layer = moe.MoELayer(cfg, rngs=nnx.Rngs(0))
-  graphdef, params, buffers = nnx.split(layer, nnx.Param, routing.RouterBias)
-  specs = jax.tree_util.tree_map_with_path(
-      lambda path, x: cut if x.ndim == 3 and x.shape[0] == cfg.moe.experts else whole, params)
-  rng = np.random.default_rng(0)
-  x_BTD = rng.standard_normal((shape[0] * shape[1], tokens, cfg.dim), np.float32)
+  call = moe.MoECall(expert=settings)
+  x_BTD = np.random.default_rng(0).standard_normal((math.prod(shape), tokens, cfg.dim), np.float32)
+  x_BTD = jax.device_put(x_BTD, NamedSharding(mesh, cut))
 
-  def put(tree, specs):
-    return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
+  def split(module):
+    graphdef, params, buffers = nnx.split(module, nnx.Param, routing.RouterBias)
+    specs = jax.tree_util.tree_map(
+        lambda x: cut if x.ndim == 3 and x.shape[0] == cfg.moe.experts else whole, params)
+    params = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), params, specs)
+    return graphdef, params, buffers, specs
 
-  params, x_BTD = put(params, specs), put(x_BTD, cut)
+  def mapped(f, *specs):
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=cut))
 
-  def mapped(f, out):
-    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(specs, cut), out_specs=out))
+  def step(module, run):
+    """`run(module, x_BTD)` forward and backward."""
+    graphdef, params, buffers, specs = split(module)
 
-  def whole_layer(params, x_BTD):
-    params = sharding.varying(params, AXES)  # gradients of whole parameters stay apart, unsummed
+    def both(params, x_BTD):
+      params = sharding.varying(params, AXES)  # gradients of whole parameters stay apart, unsummed
+      y_BTD, pull = jax.vjp(lambda p, x: run(nnx.merge(graphdef, p, buffers), x), params, x_BTD)
+      dparams, dx_BTD = pull(y_BTD)
+      return jax.tree.map(lambda g: g if g.ndim == 3 else g[None], dparams), dx_BTD
 
-    def forward(params, x_BTD):
-      y_BTD, _ = nnx.merge(graphdef, params, buffers)(x_BTD, moe.MoECall(expert=settings))
-      return y_BTD
+    compiled = mapped(both, specs, cut)
+    return lambda: jax.block_until_ready(compiled(params, x_BTD))
 
-    y_BTD, pull = jax.vjp(forward, params, x_BTD)
-    dparams, dx_BTD = pull(y_BTD)
-    return jax.tree.map(lambda g: g if g.ndim == 3 else g[None], dparams), dx_BTD
+  def whole_block(layer, x_BTD):
+    cos, sin = rope.rope_table(cfg.attention, jnp.arange(tokens)[None])
+    return layer(x_BTD, block.BlockCall(cos, sin, None, call, config.Runtime()))[0]
 
   def body(x_PD, gate_ZK, route):
     x_ZD = dispatch.dispatch(x_PD, route)
     return dispatch.combine(x_ZD * gate_ZK.sum(1, keepdims=True), route)
 
-  def routed(params, x_BTD):
-    x_PD = x_BTD.reshape(-1, cfg.dim)
-    return routing.route(x_PD, params["w_router_DE"][...], buffers["bias_E"][...], cfg.moe)
-
   def moves(made, x_BTD):
     def forward(x_PD, gate_PA):
       return rounds.run(body, x_PD, made.expert_PA, gate_PA, cfg.moe.experts, 8, settings)[0]
 
-    y_PD, pull = jax.vjp(forward, x_BTD.reshape(-1, cfg.dim), made.gate_PA)
+    y_PD, pull = jax.vjp(forward, x_BTD.reshape(-1, x_BTD.shape[-1]), made.gate_PA)
     return pull(y_PD)
 
-  made = mapped(routed, cut)(params, x_BTD)
-  alone = jax.jit(jax.shard_map(moves, mesh=mesh, in_specs=cut, out_specs=cut))
-  step = mapped(whole_layer, cut)
-  return (lambda: jax.block_until_ready(step(params, x_BTD)),
-          lambda: jax.block_until_ready(alone(made, x_BTD)))
+  ffn = moe.MoELayer(cfg, rngs=nnx.Rngs(0))
+  made = mapped(lambda x_BTD: routing.route(
+      x_BTD.reshape(-1, cfg.dim), ffn.w_router_DE[...], ffn.bias_E[...], cfg.moe), cut)(x_BTD)
+  alone, narrow_BTD = mapped(moves, cut, cut), x_BTD[..., :8]
+  return Sides(step(block.Block(cfg, moe=True, rngs=nnx.Rngs(0)), whole_block),
+               step(ffn, lambda layer, x_BTD: layer(x_BTD, call)[0]),
+               lambda: jax.block_until_ready(alone(made, x_BTD)),
+               lambda: jax.block_until_ready(alone(made, narrow_BTD)),
+               lambda: alone.lower(made, x_BTD).compile().as_text())
+
+
+LAYERS = (((2, 4), 1.5, "two_hop"), ((2, 4), 1.5, "flat"), ((2, 4), 0.0, "two_hop"))
+
+
+def layer_name(shape, factor, form) -> str:
+  return f"{shape[0]}x{shape[1]}, {form}, {f'factor {factor}' if factor else 'worst case'}"
 
 
 def layer_lines(rounds: int) -> list[common.Line]:
   lines = []
-  for shape, factor, form in (((2, 4), 1.5, "two_hop"), ((2, 4), 1.5, "flat"),
-                              ((2, 4), 0.0, "two_hop")):
-    step, alone = layer_sides(shape, factor, form)
-    times = common.alternate({"layer": step, "alone": alone}, rounds, warmup=2, least=0.2)
-    share = common.paired(times["alone"], times["layer"])
-    room = f"factor {factor}" if factor else "worst case"
-    lines.append(common.Line(
-        f"MoE layer {shape[0]}x{shape[1]}, {form}, {room}: whole, moves", *(
-            common.times_text(times[side]) for side in ("layer", "alone")), share,
-        "<= 0.15 of the layer" if factor else "-", share <= 0.15 if factor else None,
-        {side: common.summary(t) for side, t in times.items()}))
+  for case in LAYERS:
+    sides = layer_sides(*case)
+    times = common.alternate({name: getattr(sides, name) for name in ("block", "ffn", "moves")},
+                             rounds, warmup=2, least=0.2)
+    details = {side: common.summary(t) for side, t in times.items()}
+    for name, of in (("block", "MoE layer"), ("ffn", "its feed-forward")):
+      share, factor = common.paired(times["moves"], times[name]), case[1]
+      lines.append(common.Line(
+          f"{of}, {layer_name(*case)}: whole, moves", *(
+              common.times_text(times[side]) for side in (name, "moves")), share,
+          f"<= 0.15 of the {'layer' if name == 'block' else 'feed-forward'}" if factor else "-",
+          share <= 0.15 if factor else None, details))
   return lines
+
+
+def profile(steps: int = 20) -> None:
+  """Prints where the wall-clock time of dispatch and combine alone goes.
+
+  An operation belongs to the scope that `parallel.hops` or `rows` names, forward and backward
+  together. One that waits in an all-to-all for devices that still work costs nothing by itself, so
+  collectives have only the time in which nothing else is active: copies, waiting for threads.
+  """
+  from benchmarks import trace
+
+  for case in LAYERS:
+    sides = layer_sides(*case)
+    times = common.alternate({"moves": sides.moves, "narrow": sides.narrow}, 5, warmup=2, least=0.1)
+    with trace.capture() as found:
+      for _ in range(steps):
+        sides.moves()
+    known = trace.instructions(sides.hlo())
+    part_of = {name: _part(opcode, op_name) for name, (_, opcode, op_name) in known.items()}
+    waiting = {name for name, part in part_of.items() if not part}
+    time_of, runs, rest = trace.shares(found.events(), waiting.__contains__)
+    parts, count = collections.Counter(), collections.Counter()
+    for name, ns in time_of.items():
+      parts[part_of.get(name, "other")] += ns
+      count[part_of.get(name, "other")] += runs[name]
+    parts["all-to-alls, all-reduce, nothing active"] = rest
+    total = sum(parts.values())
+    print(f"dispatch and combine alone, {layer_name(*case)}: {total / steps / 1e6:.1f} ms a step "
+          f"traced; rows of 8 numbers take {common.paired(times['narrow'], times['moves']):.0%}")
+    for part, ns in parts.most_common():
+      print(f"  {ns / total:6.1%}  {count[part] / steps:4.0f} operations  {part}")
+
+
+def _part(opcode: str, op_name: str) -> str:
+  """What an operation is for; "" for those that wait."""
+  if opcode in ("all-to-all", "all-reduce", "while", "call", "conditional"):
+    return ""
+  scope = re.search(r"\b(plan|gather|sums|rows)[/)]", op_name)
+  return scope[1] if scope else "copies for all-to-alls" if "all_to_all" in op_name else "other"
 
 
 def main(argv: list[str] | None = None) -> None:
   p = common.parser(__doc__, rounds=7)
   p.add_argument("--count-only", action="store_true", help="leave out what is timed")
+  p.add_argument("--profile", action="store_true",
+                 help="only where the time of dispatch and combine goes, by operation")
   args = p.parse_args(argv)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   devices = "--xla_force_host_platform_device_count=8"
   if devices not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip()
+  if args.profile:
+    profile()
+    return
   lines = crossing_lines()
   if not args.count_only:
     lines += layer_lines(args.rounds)

@@ -24,6 +24,7 @@ class Rows(NamedTuple):
   used: jax.Array  # int32, blocks that hold rows
 
 
+@jax.named_scope("rows")
 def plan(local_ZA: jax.Array, experts: int, block: int, capacity: int,
          turn: jax.Array | int = 0) -> tuple[Rows, jax.Array, jax.Array]:
   """Rows of a device's experts; see `hops.plan` for `turn` and what is returned.
@@ -60,6 +61,7 @@ def plan(local_ZA: jax.Array, experts: int, block: int, capacity: int,
   return Rows(pair_M, jnp.minimum(row_ZK, M - 1), group_m, end_block_e[-1]), turns, waiting
 
 
+@jax.named_scope("rows")
 def gates(gate_ZA: jax.Array, local_ZA: jax.Array, experts: int) -> jax.Array:
   """Routing weights of the pairs of `plan`, [Z, K]; those of other devices' experts are 0."""
   if local_ZA.shape[1] < experts:
