@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
 
 from dsv3_jax.parallel.program import Array
 
@@ -59,13 +60,20 @@ def where(wanted: jax.Array, branch: Callable[[State, Any], State], state: State
     branch: reads only those entries of `state` that it returns.
     given: what else it reads.
   """
-  changed = jax.eval_shape(branch, state, given).keys()
+  traced, shapes = jax.make_jaxpr(branch, return_shape=True)(state, given)
+  tree = jax.tree.structure(shapes)
+  used = {v for eqn in traced.jaxpr.eqns for v in eqn.invars if not isinstance(v, core.Literal)}
+  given = jax.tree.leaves(given)
+  read = [v in used for v in traced.jaxpr.invars[len(state):]]
 
   def turn(carry):
     left, part = carry
-    left, seen = lax.optimization_barrier((left, given))
-    return left - 1, branch(part, seen)
+    left, seen = lax.optimization_barrier((left, [a for a, r in zip(given, read) if r]))
+    seen = iter(seen)
+    args = [next(seen) if r else a for a, r in zip(given, read)]
+    made = core.jaxpr_as_fun(traced)(*jax.tree.leaves(state | part), *args)
+    return left - 1, jax.tree.unflatten(tree, made)
 
-  part = {name: state[name] for name in changed}
+  part = {name: state[name] for name in shapes}
   times = wanted.astype(jnp.int32)
   return state | lax.while_loop(lambda carry: carry[0] > 0, turn, (times, part))[1]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import jit
 from jax.extend import core
 
 from dsv3_jax.parallel import sharding
@@ -116,6 +117,16 @@ class Program:
     for i in sorted(steps):
       values |= zip(self.steps[i].outputs, self.steps[i].do(values))
     return [a.val if isinstance(a, core.Literal) else values[a] for a in outputs]
+
+  def part(self, steps: Iterable[int], outputs: Sequence[Atom]
+           ) -> Callable[[Mapping[int, Any]], list[Any]]:
+    """`run` as a function of the values, traced once however often it is called."""
+    steps = sorted(steps)
+    made = {a for i in steps for a in self.steps[i].outputs} | self.constants.keys()
+    read = dict.fromkeys(a for i in steps for a in numbers(self.steps[i].inputs))
+    read = [a for a in read | dict.fromkeys(numbers(outputs)) if a not in made]
+    traced = jit(lambda *given: self.run(steps, dict(zip(read, given)), outputs))
+    return lambda values: traced(*(values[a] for a in read))
 
 
 def numbers(atoms: Iterable[Atom]) -> list[int]:

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import jit
 from jax.extend import core
 
 from dsv3_jax.parallel import sharding
@@ -133,10 +132,15 @@ def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) ->
     values = dict(zip(second.inputs, jax.tree.leaves((weights, fixed, data))))
     return values | dict(zip((a for a, w in zip(stash_inputs, in_w) if w), keeps_w, strict=True))
 
+  # Each is called in several branches, and is traced once for all of them.
+  outputs = first.outputs[:results.num_leaves] + stash
+  forward_part = first.part(first.needed(outputs), outputs)
+  input_part = second.part(at_once, [gradients[k] for k in light] + dx + crossing)
+  weights_part = second.part(late_steps, [gradients[k] for k in heavy])
+
   def run_forward(weights, fixed, data, x):
-    values = dict(zip(first.inputs, jax.tree.leaves((weights, fixed, data, x)), strict=True))
-    outputs = first.outputs[:results.num_leaves] + stash
-    found = first.run(first.needed(outputs), values, outputs)
+    found = forward_part(dict(zip(first.inputs, jax.tree.leaves((weights, fixed, data, x)),
+                                  strict=True)))
     stashed = found[results.num_leaves:]
     return (jax.tree.unflatten(results, found[:results.num_leaves]),
             [a for a, w in zip(stashed, in_w) if not w], [a for a, w in zip(stashed, in_w) if w])
@@ -149,16 +153,15 @@ def split(stage: Callable, weights: Any, fixed: Any, data: Any, x: jax.Array) ->
     values = base(weights, fixed, data, keeps_w)
     values |= zip((a for a, w in zip(stash_inputs, in_w) if not w), keeps_i, strict=True)
     values |= zip(dy_inputs, [dy])  # a last stage has no y
-    out = second.run(at_once, values, [gradients[k] for k in light] + dx + crossing)
+    out = input_part(values)
     n = len(light)
     return aligned(light, out[:n]), out[n], out[n + 1:]
 
   def backward_weights(weights, fixed, data, keeps_w, crossed):
     values = base(weights, fixed, data, keeps_w) | dict(zip(crossing, crossed, strict=True))
-    return aligned(heavy, second.run(late_steps, values, [gradients[k] for k in heavy]))
+    return aligned(heavy, weights_part(values))
 
-  # Each is called in several branches, and is traced once for all of them.
-  return Split(jit(run_forward), jit(backward_input), jit(backward_weights),
+  return Split(run_forward, backward_input, backward_weights,
                tuple(first.types[a] for a, w in zip(stash, in_w) if not w),
                tuple(first.types[a] for a, w in zip(stash, in_w) if w),
                tuple(second.types[a] for a in crossing))
