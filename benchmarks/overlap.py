@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax.analysis import hlo, overlap
-from dsv3_jax.parallel import compiler, sharding
 from dsv3_jax.parallel import mesh as mesh_lib
+from dsv3_jax.parallel import sharding
 from dsv3_jax.train import optim, state, step
 from pallas_kernels.aot import toolchain, topology
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.only and case.name not in args.only:
       continue
     start = time.perf_counter()
-    text = lowered(case, devices).compile(topology.OPTIONS | compiler.OPTIONS).as_text()
+    text = lowered(case, devices).compile(topology.OPTIONS).as_text()
     if args.keep:
       (args.keep / f"{case.name}.txt").write_text(text)
     print(f"\n== {case.name}: schedule {case.schedule}, {case.mesh.describe()} "

@@ -11,6 +11,8 @@ conditionals in CUDA graphs (xla_gpu_enable_command_buffer=CONDITIONAL or WHILE)
 inside conditional nodes.
 """
 
+from collections.abc import Callable
+
 import jax
 
 OPTIONS = {
@@ -19,6 +21,8 @@ OPTIONS = {
 }
 
 
-def options(mesh: jax.sharding.Mesh | None) -> dict[str, bool | int] | None:
-  """For `jax.jit(..., compiler_options=)`; None where the mesh is not of GPUs."""
-  return OPTIONS if mesh is not None and mesh.devices.flat[0].platform == "gpu" else None
+def jit(function: Callable, mesh: jax.sharding.Mesh | None, **kwargs) -> Callable:
+  """`jax.jit` with the options above where the mesh is of GPUs."""
+  if mesh is not None and mesh.devices.flat[0].platform == "gpu":
+    kwargs["compiler_options"] = OPTIONS
+  return jax.jit(function, **kwargs)

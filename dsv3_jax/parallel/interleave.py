@@ -18,6 +18,7 @@ once the order stands). All else stays XLA's choice.
 
 import functools
 import heapq
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,8 @@ from dsv3_jax.parallel.program import Program, Step, numbers
 
 TRAVEL = 2  # matmuls: with one to spare where XLA takes the other for something else
 _EXCHANGES = frozenset({"all_to_all", "ragged_all_to_all"})
-_MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general",
-                      "pallas_call", "ffi_call"})
+_MATMULS = frozenset({"conv_general_dilated", "ragged_dot", "ragged_dot_general", "pallas_call",
+                      "ffi_call"})
 
 
 def interleaved(function: Callable) -> Callable:
@@ -63,15 +64,15 @@ def _run(steps: Mapping[int, Step], values: dict[int, Any]) -> None:
       first = step.outputs[0]
       values[first] = _after(values[first], [results[m] for m in behind[i]])
       continue
-    given = values
-    if i in wait_for and made_of[i]:
-      first = made_of[i][0]
-      given = values | {first: _after(values[first], [operands[e] for e in wait_for[i]])}
-    made = step.do(given)
+    given = {}
+    if i in wait_for:  # all inputs: XLA would make one matmul of two that read the same array
+      others = [operands[e] for e in wait_for[i]]
+      given = {a: _after(values[a], others) for a in made_of[i]}
+    made = step.do(values | given)
     values.update(zip(step.outputs, made, strict=True))
     results[i] = made[0]
     if i in behind:
-      operands[i] = given[step.inputs[0]]
+      operands[i] = values[step.inputs[0]]
 
 
 def _after(value: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
@@ -86,6 +87,12 @@ def _kind(step: Step) -> str:
 
 
 def _multiplies(eqn: Any) -> bool:
+  """Whether it is a matmul, and not a product with a vector or number, which XLA does otherwise."""
+  if eqn.primitive.name == "dot_general":
+    contracted, batch = eqn.params["dimension_numbers"]
+    size = lambda k, dims: math.prod(eqn.invars[k].aval.shape[d] for d in dims)
+    deep = size(0, contracted[0])
+    return min(deep, *(eqn.invars[k].aval.size // (deep * size(k, batch[k])) for k in (0, 1))) > 1
   if eqn.primitive.name in _MATMULS:
     return True
   inner = [j for v in eqn.params.values() for j in (v if isinstance(v, (tuple, list)) else (v,))]

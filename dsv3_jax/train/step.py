@@ -32,8 +32,8 @@ from dsv3_jax.fp8 import delayed, weights
 from dsv3_jax.fp8.recipe import resolve
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import routing
+from dsv3_jax.parallel import compiler, placement, sharding
 from dsv3_jax.parallel import mesh as mesh_lib
-from dsv3_jax.parallel import placement, sharding
 from dsv3_jax.train import pipelined
 from dsv3_jax.train import state as state_lib
 from dsv3_jax.train.state import Hyper, TrainState
@@ -216,7 +216,7 @@ def make_train_step(
     return jax.lax.with_sharding_constraint(
         (new, metrics), (where, jax.tree.map(lambda _: sharding.replicated(mesh), metrics)))
 
-  return jax.jit(placed, donate_argnums=0)
+  return compiler.jit(placed, mesh, donate_argnums=0)
 
 
 def pad_micro_batches(batch: dict[str, Any], micros: int) -> dict[str, Any]:
