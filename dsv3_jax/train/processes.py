@@ -119,6 +119,7 @@ class Group(Alone):
     self._patience = patience
     self._tick = min(2.0, patience / 10)
     self._over = threading.Event()
+    self._wake = threading.Event()  # the thread looks before its time
     self._condition = threading.Condition()
     self._begun = -1  # the last step count given to `stop`, which allowed one more
     self._stop_at: int | None = None
@@ -171,8 +172,11 @@ class Group(Alone):
 
   def stop(self, step: int, received: int | None) -> bool:
     with self._condition:
-      self._own = received
-      while self._noticed and self._stop_at is None:
+      if received is not None and self._own is None:
+        self._own = received
+        self._wake.set()
+      # The process that got a signal waits at once, so that the others cannot run on either.
+      while (self._noticed or self._own is not None) and self._stop_at is None:
         self._condition.wait()
       self._begun = step
       return self._stop_at is not None and step >= self._stop_at
@@ -201,7 +205,11 @@ class Group(Alone):
   def _watch(self) -> None:
     seen: dict[int, tuple[str, float]] = {}
     beats = 0
-    while not self._over.wait(0.05 if self._noticed and self._stop_at is None else self._tick):
+    while not self._over.is_set():
+      self._wake.wait(0.05 if self._noticed and self._stop_at is None else self._tick)
+      self._wake.clear()
+      if self._over.is_set():
+        return
       try:
         beats += 1
         self._set(f"beat/{self.index}", str(beats), again=True)
@@ -249,9 +257,8 @@ class Group(Alone):
       return
     self.failed = True
     if _from_jax(error):  # a collective that broke: the thread will know whose fault it is
-      self._over.wait(self._patience + 4 * self._tick + 1)
-    self._over.set()
-    self._thread.join()
+      time.sleep(self._patience + 4 * self._tick + 1)
+    self._finish()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._set(f"news/error/{self.index}", f"{type(error).__name__}: {error}")
       if self.first:
@@ -264,13 +271,18 @@ class Group(Alone):
     timer.daemon = True
     timer.start()
 
+  def _finish(self) -> None:
+    """Ends the thread: this process looks after nobody any more."""
+    self._over.set()
+    self._wake.set()
+    self._thread.join()
+
   def end(self) -> None:
     """The orderly end, for which all wait."""
     if self.first:
-      self._over.set()
+      self._finish()
     self.share("end", "")
-    self._over.set()
-    self._thread.join()
+    self._finish()
     self._last_words.forget()
 
 
