@@ -72,9 +72,14 @@ class Hop:
     """Transpose of `send`: each row's slots summed, fp32 [P, ...]."""
     y_Z = self._exchange(y_Z, self.arriving_W, self.sent_W)
     # Choice after choice: XLA makes one loop of it, where [P, K, ...] would be written and read.
+    W, columns = self.sent_W.shape[0], list(self.slot_PK.T)
     with jax.named_scope("sums"):
-      return sum(jnp.take(y_Z, slot_P, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
-                 for slot_P in self.slot_PK.T)
+      pieces = [y_Z] * len(columns)
+      if len(columns) == W:  # one a device, each with slots of that device's piece alone
+        pieces = jnp.split(y_Z, W)
+        columns = [slot_P - w * pieces[w].shape[0] for w, slot_P in enumerate(columns)]
+      return sum(jnp.take(y, slot_P, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+                 for y, slot_P in zip(pieces, columns, strict=True))
 
   def _exchange(self, x_Z, sent_W, arriving_W):
     if self.transport == "dense":
