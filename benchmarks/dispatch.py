@@ -150,7 +150,7 @@ class Sides(NamedTuple):
 
   block: Callable[[], Any]  # attention and MoE feed-forward
   ffn: Callable[[], Any]  # the MoE feed-forward
-  moves: Callable[[], Any]  # its dispatch and combine
+  moves: Callable[[], Any]  # its dispatch and combine, and a product between that separates them
   narrow: Callable[[], Any]  # the same with rows of 8 numbers: plans, messages, meetings
   hlo: Callable[[], str]  # of `moves`
 
@@ -271,7 +271,7 @@ def profile(steps: int = 20) -> None:
     for name, ns in time_of.items():
       parts[part_of.get(name, "other")] += ns
       count[part_of.get(name, "other")] += runs[name]
-    parts["all-to-alls, all-reduce, nothing active"] = rest
+    parts["collectives alone (copies, waiting), or nothing active"] = rest
     total = sum(parts.values())
     print(f"dispatch and combine alone, {layer_name(*case)}: {total / steps / 1e6:.1f} ms a step "
           f"traced; rows of 8 numbers take {common.paired(times['narrow'], times['moves']):.0%}")
