@@ -48,8 +48,8 @@ def join(maximum: bool, total: jax.Array, value: jax.Array) -> jax.Array:
   return (jnp.maximum if maximum else jnp.add)(total, value.astype(total.dtype))
 
 
-def where(wanted: jax.Array, branch: Callable[[State, Any], State], state: State, given: Any
-          ) -> State:
+def where(wanted: jax.Array, branch: Callable[[State, Any], State], state: State, given: Any,
+          first: Any = ()) -> State:
   """`state`, where wanted with the entries that branch(state, given) returns in place of its own.
 
   A loop of no or one turn. It works on its state where that lies, while a conditional of XLA's
@@ -59,12 +59,16 @@ def where(wanted: jax.Array, branch: Callable[[State, Any], State], state: State
   Args:
     branch: reads only those entries of `state` that it returns.
     given: what else it reads.
+    first: those leaves of `given` that are to be made before the branch, read by it or not: it
+      writes over what they are made of.
   """
   traced, shapes = jax.make_jaxpr(branch, return_shape=True)(state, given)
   tree = jax.tree.structure(shapes)
   used = {v for eqn in traced.jaxpr.eqns for v in eqn.invars if not isinstance(v, core.Literal)}
   given = jax.tree.leaves(given)
-  read = [v in used for v in traced.jaxpr.invars[len(state):]]
+  first = {id(a) for a in jax.tree.leaves(first)}
+  read = [v in used or id(a) in first
+          for v, a in zip(traced.jaxpr.invars[len(state):], given, strict=True)]
 
   def turn(carry):
     left, part = carry

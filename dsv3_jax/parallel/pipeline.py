@@ -141,8 +141,10 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
       if value is None:
         continue
       total = found.get((name, k), state[name, k])
-      found[name, k] = (join(maximum, total, value) if chunk is None
-                        else put(total, chunk, join(maximum, total[chunk], value)))
+      if chunk is not None and chunks > 1:
+        found[name, k] = put(total, chunk, join(maximum, total[chunk], value))
+      else:  # of one chunk the slice is the whole, and XLA would copy what it reshapes
+        found[name, k] = join(maximum, total, value if chunk is None else value[None])
 
   def forward(state: State, role: Role, given: dict[str, Any]) -> State:
     row, shared = given["row"], given["shared"]
@@ -206,14 +208,16 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
     return interleave.interleaved(body) if opcode.kind == "FB" else body
 
   def seen(opcode: Opcode, row, read: State) -> dict[str, Any]:
-    """What a branch reads, and what is read of the buffers that it writes: so it comes after the
-    reading, and can write in place."""
-    names = {name for name in read if name[0] in "xg"}
+    """What a branch reads, and what is read of the buffers that it writes."""
     given = {"row": row, "data": data, "shared": shared}
-    for part, buffers in (("forward", "iw"), ("backward", "iwc")):
+    used = {"F": ("xiw", ""), "FB": ("xiw", "giw"), "B": ("", "giw"), "I": ("", "giwc"),
+            "W": ("", "wc")}[opcode.kind]
+    names = set()
+    for part, buffers in zip(("forward", "backward"), used, strict=True):
       if (role := getattr(opcode, part)) is not None:
         given[part] = own_C[role.chunk], fixed_C[role.chunk]
-        names |= {(p, k) for p in buffers for k in pools[p].places(role.type)}
+        names |= {(b, k) for b in buffers if b in pools for k in pools[b].places(role.type)}
+        names |= {(b,) for b in buffers if b not in pools}
     return given | {"read": {name: a for name, a in read.items() if name in names}}
 
   right = [(r, r + 1) for r in range(ranks - 1)]
@@ -227,7 +231,8 @@ def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], ow
     read = {name: at(a, row[f"{name[0]}_read"]) for name, a in state.items() if name[0] in slots}
     for number, opcode in enumerate(tables.opcodes):
       if opcode.kind is not None:
-        state = where(row["op"] == number, branch(number, opcode), state, seen(opcode, row, read))
+        given = seen(opcode, row, read)
+        state = where(row["op"] == number, branch(number, opcode), state, given, given["read"])
     return state, None
 
   slots = {name: count for name, count in tables.slots.items() if count}

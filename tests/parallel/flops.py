@@ -20,3 +20,17 @@ def flops(jaxpr) -> int:
         if isinstance(inside, (core.Jaxpr, core.ClosedJaxpr)):
           total += times * flops(inside)
   return total
+
+
+def loops(jaxpr) -> list[core.JaxprEqn]:
+  """The scans and whiles of a program, those within a scan among them, outermost first."""
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  found = []
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in ("scan", "while"):
+      found.append(eqn)
+    if eqn.primitive.name != "while":
+      for value in eqn.params.values():
+        if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
+          found += loops(value)
+  return found

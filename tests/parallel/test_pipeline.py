@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.analysis import hlo
 from dsv3_jax.parallel.schedules import make
 from tests import quick
-from tests.parallel import chain
+from tests.parallel import chain, flops
 
 
 @functools.cache
@@ -97,6 +98,56 @@ def test_program_does_not_grow(name):
                            wrap=lower)
 
   assert lines(8) == lines(40)
+
+
+@pytest.mark.parametrize("name, unit", [
+    ("gpipe", False), ("zb1p", True), ("dualpipe", False), ("dualpipe_v", False)])
+def test_flops(name, unit):
+  """Oracle: the matmuls of jax.grad, once for each micro-batch; branches as often as the tables
+  ask for them. The parts of a backward pass add up to it."""
+  plan = make(name, 2, 4)
+  own, shared = chain.weights(plan.stages)
+  fixed_S, data = jnp.ones(plan.stages), chain.batch(4)
+  traced = chain.gradients(plan, own, shared, fixed_S, data, unit,
+                           wrap=lambda f: lambda *args: jax.make_jaxpr(f)(*args))
+  types = ["middle"] * (plan.stages - 1) + ["last"]
+  table = plan.ticks(unit).tables(types)
+  each = [flops.flops(eqn.params["body_jaxpr"]) for eqn in flops.loops(traced)
+          if eqn.primitive.name == "while"]
+  of = dict(zip((o for o in table.opcodes if o.kind), each, strict=True))
+  times = np.bincount(table.columns["op"].ravel(), minlength=len(table.opcodes))
+  total = sum(n * of[o] for n, o in zip(times, table.opcodes, strict=True) if o.kind)
+  micro = jax.tree.map(lambda a: a[0], data)
+  alone = jax.make_jaxpr(jax.grad(lambda *w: chain.reference(*w, fixed_S, micro)[0], (0, 1)))
+  assert total == 4 * flops.flops(alone(own, shared))
+  for role in {o.backward for o in of if o.kind == "B"} & {o.backward for o in of if o.kind == "W"}:
+    assert of["B", None, role] == of["I", None, role] + of["W", None, role]
+
+
+@pytest.mark.parametrize("name", ["zb1p", "dualpipe_v"])
+def test_in_place(name):
+  """Law: in the compiled program no tick copies a buffer of slots, nor a sum of gradients, and no
+  matmul stands outside of the branches."""
+  plan = make(name, 2, 8)
+  own, shared = chain.weights(plan.stages)
+  compiled = lambda f: lambda *args: hlo.parse(quick.jit(f).lower(*args).compile().as_text())
+  program = chain.gradients(plan, own, shared, jnp.ones(plan.stages), chain.batch(8),
+                            wrap=compiled)
+  slots = plan.ticks().tables().slots
+  buffers = {f"f32[{n},{chain.B},{chain.D}]" for n in slots.values()}
+  sums = {f"f32[{plan.chunks},{chain.D},{chain.D}]", f"f32[{chain.D},{chain.V}]"}
+  copied = {i.result.partition("{")[0] for name, instructions in program.computations.items()
+            if name != program.entry for i in instructions if i.opcode == "copy"}
+  written = {i.result.partition("{")[0] for instructions in program.computations.values()
+             for i in instructions}
+  assert buffers | sums <= written  # they are called that
+  assert not copied & (buffers | sums)
+  tick, = (instructions for instructions in program.computations.values()
+           if any(i.opcode.startswith("collective-permute") for i in instructions))
+  inside = [i for instruction in tick if instruction.opcode == "fusion"
+            for name in instruction.calls for i in program.computations[name]]
+  assert "while" in {i.opcode for i in tick}
+  assert "dot" not in {i.opcode for i in (*tick, *inside)}
 
 
 def test_errors():
