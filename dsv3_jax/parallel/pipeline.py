@@ -86,7 +86,7 @@ class Sums(NamedTuple):
 def run(tables: Tables, enter: Callable, stages: Mapping[Hashable, Callable], own: Any,
         shared: Mapping[str, Any], fixed: Any, data: Any, *, axis: str = "pipe",
         axes: tuple[str, ...] = ("pipe",), maxima: Any = (False, False)) -> Sums:
-  """Runs a schedule. To be called inside shard_map.
+  """Runs a schedule, or the forward passes of one. To be called inside shard_map.
 
   Args:
     tables: of the schedule's ticks, with the stages' types.

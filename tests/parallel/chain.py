@@ -79,6 +79,8 @@ def gradients(plan, own, shared, fixed_S, data, unit=False, ranks=None, middle=m
     here = lambda tree: jax.tree.map(lambda a: a[0], tree)
     sums = pipeline.run(tables, enter, {"middle": middle, "last": last}, here(own), shared,
                         here(fixed), data, maxima=maxima)
+    if sums.own is None:
+      sums = sums._replace(own={}, shared=jax.tree.map(jnp.zeros_like, shared))
     join = lambda maximum, a: (jax.lax.pmax if maximum else jax.lax.psum)(a, "pipe")
     total = jax.tree.map(join, jax.tree.broadcast(maxima[1], shared), sums.shared)
     kept = jax.tree.map(lambda a: a[None], (sums.own, sums.stats))

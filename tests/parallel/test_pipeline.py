@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.analysis import hlo
-from dsv3_jax.parallel.schedules import make
+from dsv3_jax.parallel.schedules import forward, make
 from tests import quick
 from tests.parallel import chain, flops
 
@@ -41,6 +41,26 @@ def test_gradients(name, ranks, microbatches, unit):
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected(plan.stages, microbatches)),
                   strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name, ranks, microbatches, ticks", [
+    ("1f1b", 4, 5, 8), ("dualpipe", 4, 8, 10), ("dualpipe_v", 2, 5, 12)])
+def test_forward(name, ranks, microbatches, ticks):
+  """Oracle: objective and statistics of the chain on one device; nothing is kept or made for a
+  backward pass; no rank waits in the middle: its units, and the ticks to fill and drain."""
+  plan = forward(make(name, ranks, microbatches))
+  assert len(plan.ticks().rows) == ticks
+  plan.ticks().validate()
+  table = plan.ticks().tables(["middle"] * (plan.stages - 1) + ["last"])
+  assert {o.kind for o in table.opcodes} == {None, "F"}
+  assert [table.slots[b] for b in "iwc"] == [0, 0, 0]
+  own, shared = chain.weights(plan.stages)
+  objective, none, _, sums_S = chain.gradients(
+      plan, own, shared, jnp.linspace(1, 2, plan.stages), chain.batch(microbatches))
+  assert none == {}
+  want = expected(plan.stages, microbatches)
+  np.testing.assert_allclose(objective, want[0], rtol=1e-5)
+  np.testing.assert_allclose(sums_S, want[-1], rtol=1e-5, atol=1e-5)
 
 
 @jax.custom_vjp

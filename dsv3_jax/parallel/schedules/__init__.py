@@ -33,14 +33,16 @@ Files: ops (these words as types), generate (the five orders), validate, simulat
 own clock), lockstep (all ranks on one clock), tables (that as numbers, for an executor), formulas
 (table 2). Nothing here imports jax.
 
+    forward(plan)                          # the same stages, forward passes alone: evaluation
+
 What is legal: any number of ranks and micro-batches with gpipe, 1f1b and zb1p;
 with dualpipe_v at least 2 * ranks micro-batches, since both directions must be in flight at once;
 with dualpipe also even numbers of both, since each direction gets half. These are the demands of
 the authors' code.
 """
 
-from dsv3_jax.parallel.schedules.generate import NAMES, make
+from dsv3_jax.parallel.schedules.generate import NAMES, forward, make
 from dsv3_jax.parallel.schedules.ops import Op, Unit
 from dsv3_jax.parallel.schedules.schedule import Schedule
 
-__all__ = ["NAMES", "Op", "Schedule", "Unit", "make"]
+__all__ = ["NAMES", "Op", "Schedule", "Unit", "forward", "make"]

@@ -1,5 +1,6 @@
 """The orders of the five schedules."""
 
+import dataclasses
 import difflib
 import numbers
 from collections import deque
@@ -39,6 +40,35 @@ def make(name: str, ranks: int, microbatches: int) -> Schedule:
                      f"and microbatches={microbatches}; take {microbatches + 1}, or dualpipe_v, "
                      "which runs on any number")
   return _MAKERS[name](int(ranks), int(microbatches))
+
+
+def forward(schedule: Schedule) -> Schedule:
+  """The forward passes of a schedule alone, for evaluation: its stages where they are, no others.
+
+  A rank does of the units that have arrived the one that is furthest on its way. The result has
+  ticks and tables; it does not train a model, so that it does not `validate`.
+  """
+  done: dict[tuple[int, int], int] = {}  # (stage, micro-batch) -> tick
+  share = schedule.microbatches // len(schedule.routes)
+  orders: list[list[Op]] = [[] for _ in range(schedule.ranks)]
+  counts = {(direction, stage): 0 for direction in range(len(schedule.routes))
+            for stage in range(schedule.stages)}
+  tick = 0
+  while len(done) < schedule.microbatches * schedule.stages:
+    free = set(range(schedule.ranks))
+    for direction, stage in sorted(counts, key=lambda key: -key[1]):
+      rank, chunk = schedule.routes[direction][stage]
+      count = counts[direction, stage]
+      unit = Unit(direction * share + count, stage, chunk, direction)
+      before = done.get((stage - 1, unit.microbatch), tick) if stage else -1
+      if rank in free and count < share and before < tick:
+        free.remove(rank)
+        counts[direction, stage] += 1
+        done[stage, unit.microbatch] = tick
+        orders[rank].append(Op("F", forward=unit))
+    tick += 1
+  return dataclasses.replace(schedule, name=f"{schedule.name}, forward",
+                             orders=tuple(map(tuple, orders)))
 
 
 class _Orders:

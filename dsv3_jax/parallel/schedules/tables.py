@@ -91,6 +91,7 @@ def tables(ticks: "Ticks", types: Sequence[Hashable] | None = None) -> Tables:
   columns |= {name: np.zeros(shape, np.int32)
               for name in ("op", "forward_microbatch", "backward_microbatch")}
   opcodes = {Opcode(): 0}
+  trains = any(op.backward for order in schedule.orders for op in order)
   buffers = [{name: _Slots() for name in READS.values()} for _ in range(schedule.ranks)]
   for t, (row, messages) in enumerate(zip(ticks.rows, ticks.messages, strict=True)):
     for rank, op in enumerate(row):
@@ -103,7 +104,7 @@ def tables(ticks: "Ticks", types: Sequence[Hashable] | None = None) -> Tables:
           columns[f"{part}_microbatch"][t, rank] = unit.microbatch
       for column, unit, last in _reads(op):
         columns[column][t, rank] = buffers[rank][READS[column]].read(unit, last)
-      for column, unit in _writes(schedule, rank, op):
+      for column, unit in _writes(schedule, rank, op, trains):
         assert columns[column][t, rank] == -1, "two values for one buffer in one tick"
         columns[column][t, rank] = buffers[rank][WRITES[column]].write(unit)
     for message in messages:
@@ -170,13 +171,15 @@ def _reads(op: Op) -> Iterator[tuple[str, Unit, bool]]:
     yield "c_read", op.backward, True
 
 
-def _writes(schedule: "Schedule", rank: int, op: Op) -> Iterator[tuple[str, Unit]]:
+def _writes(schedule: "Schedule", rank: int, op: Op, trains: bool) -> Iterator[tuple[str, Unit]]:
   """(column, whose value) of what stays on the rank."""
   if op.forward is not None:
-    yield "i_write", op.forward
-    yield "w_write", op.forward
+    if trains:
+      yield "i_write", op.forward
+      yield "w_write", op.forward
     if op.forward.stage == schedule.stages - 1:
-      yield "g_write", op.forward
+      if trains:
+        yield "g_write", op.forward
     elif following := _neighbour(schedule, rank, op.forward, 1):
       yield "x_write", following
   if op.kind == "I":
