@@ -511,6 +511,10 @@ class Config:
              or self.model.moe.experts % (mesh.node * mesh.gpu) == 0,
              f"{mesh.describe('node', 'gpu')} must divide model.moe.experts="
              f"{self.model.moe.experts}")
+    layers = self.runtime.pipeline.layers
+    _require(not layers or (sum(layers) == self.model.layers and self.runtime.schedule != "none"),
+             f"runtime.pipeline.layers={layers} must add up to model.layers={self.model.layers}, "
+             f"and wants a schedule (runtime.pipeline.schedule={self.runtime.schedule})")
     _require(not self.runtime.shard_vocab or self.model.vocab_size % (mesh.node * mesh.gpu) == 0,
              f"runtime.shard_vocab: {mesh.describe('node', 'gpu')} must divide "
              f"model.vocab_size={self.model.vocab_size}")

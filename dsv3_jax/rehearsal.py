@@ -64,10 +64,13 @@ def start(command: Sequence[str], processes: int, devices: int,
 
 
 def wait(children: Sequence[subprocess.Popen], grace: float = _GRACE) -> list[int]:
-  """Exit codes of all, in their order, waiting `grace` seconds after the first that is not 0."""
+  """Exit codes of all, in their order, waiting `grace` seconds after the first that ended badly.
+
+  A run that a signal ended in order (130, 143) has not: the others are still saving.
+  """
   deadline = None
   while any(c.poll() is None for c in children):
-    if deadline is None and any(c.returncode for c in children):
+    if deadline is None and any(c.returncode not in (None, 0, 130, 143) for c in children):
       deadline = time.monotonic() + grace
     if deadline is not None and time.monotonic() > deadline:
       for c in children:

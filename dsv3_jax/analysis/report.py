@@ -167,7 +167,8 @@ def _parallelism(runtime: dict[str, Any], state: dict[str, int]) -> list[tuple[s
     parts = [" x ".join(f"{axis} {n}" for axis, n in mesh.items()) or "one device"]
     parts += [f"{schedule} pipeline"] if schedule != "none" else []
     if {"node", "gpu"} & mesh.keys():
-      parts.append(f"{runtime.get('dispatch', {}).get('form', '?').replace('_', '-')} dispatch")
+      form = runtime.get("dispatch", {}).get("form", "?").replace("_", "-")
+      parts.append(f"{'flat' if form == 'two-hop' and 'node' not in mesh else form} dispatch")
     parts += ["ZeRO-1"] if runtime.get("zero") else []
     rows.append(("mesh", ", ".join(parts)))
   if mesh and state:

@@ -144,6 +144,8 @@ def _save_context() -> ocp.Context:
   context.array.saving.use_compression = False  # fp32 weights do not compress
   # Made in the background, folders that cannot be made leave threads that wait for them for ever.
   context.asynchronous.create_directories_asynchronously = False
+  # 20 minutes would end every run whose checkpoints take longer; a lost process is found elsewhere.
+  context.asynchronous.timeout_secs = 24 * 3600
   return context
 
 

@@ -49,6 +49,17 @@ def make_evaluate(graphdef: nnx.GraphDef, cfg: config.Config,
   return jax.jit(sums)
 
 
+def collected(params: Any, mesh: jax.sharding.Mesh | None, runtime: config.Runtime) -> Any:
+  """Parameters for `make_evaluate`'s function: on each device all but what stays cut in use.
+
+  Without ZeRO-1 they are so already.
+  """
+  if mesh is None or not runtime.zero:
+    return params
+  homes = placement.places(params, mesh, runtime, zero=False)
+  return jax.jit(lambda params: params, out_shardings=placement.shardings(homes, mesh))(params)
+
+
 def target_bytes(batch: dict[str, np.ndarray], token_bytes_V: np.ndarray) -> int:
   """UTF-8 bytes of a batch's targets; numpy on the host."""
   _, weight_BT = loss_lib.targets({k: jnp.asarray(v) for k, v in batch.items()}, 0)

@@ -10,6 +10,7 @@ words.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import socket
@@ -21,6 +22,8 @@ from jax._src import clusters, distributed  # what they know has no public name
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.train.processes import Alone, Group, LastWords
+
+_RUNS = itertools.count()  # of this process; each has messages of its own
 
 
 class ProcessError(RuntimeError):
@@ -172,7 +175,7 @@ def join(launch: Launch | None) -> Iterator[Alone]:
     return
   patience = Launch.patience if launch is None else launch.patience
   group = Group(state.client, state.process_id, state.num_processes, state.coordinator_address,
-                patience, last_words or LastWords())
+                patience, last_words or LastWords(), next(_RUNS))
   try:
     yield group
   except BaseException as error:

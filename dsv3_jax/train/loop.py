@@ -138,9 +138,6 @@ class _Trainer:
     self.mtp_weight = schedules.mtp_weight(cfg.loss, train.tokens)
     self.rows = cfg.data.microbatch or cfg.data.batch_size
     self.micros = max(self.schedule.sizes) // self.rows
-    if cfg.runtime.schedule != "none":  # a batch that the pipeline cannot run is found now
-      for size in sorted(set(self.schedule.sizes)):
-        pipelined.plan(cfg, size // self.rows)
 
     optimizer = optim.make_optimizer(cfg.optim)
     self.graphdef, abstract, init = state_lib.initializer(
@@ -181,6 +178,7 @@ class _Trainer:
     self.saved = self.step if restored is not None else -1
     self.was_finished = self.step >= self.schedule.total_steps
     self.state_bytes = state_lib.bytes_per_device(abstract)
+    self.fits_one_device = self._fits_one_device()
     self.flops_per_token = counts_lib.flops_per_token(cfg.model, cfg.data.sequence_length)
     jax.block_until_ready(self.state)  # or it would be measured beside the initialisation
     self.peak = metrics_lib.peak_flops(1 if self.mesh is None else self.mesh.size)
@@ -194,11 +192,24 @@ class _Trainer:
     where = one if alone else sharding.batch_sharding(self.mesh, ndim=2)
     self.validation = [hosts.put(b, where) for b in self.validation_host]
     self._balances = [name for name, kind in loss_lib.BALANCES.items() if getattr(cfg.loss, kind)]
-    self.numerics = (numerics_lib.make_capture(self.graphdef, cfg) if train.numerics_every
-                     else None)
+    self.numerics = (numerics_lib.make_capture(self.graphdef, cfg)
+                     if train.numerics_every and self.fits_one_device else None)
     self._last_batch: dict[str, jax.Array] = {}
     self._rates: list[float] = []
     self._first = True
+
+  def _fits_one_device(self) -> bool:
+    """Whether samples and numerics can have the whole model on one device; says so if not."""
+    params = 4 * sum(counts_lib.parameters(self.cfg.model)[k] for k in ("main", "mtp"))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    fits = self.mesh is None or params < 0.5 * stats.get("bytes_limit", 2 * params + 1)
+    fits = json.loads(self.group.share("fits", json.dumps(fits)))
+    train = self.cfg.train
+    if not fits and (train.sample_tokens or train.numerics_every):
+      self.ui.note(f"warning: the weights, {params / 2**30:,.0f} GiB in fp32, do not fit one "
+                   "device beside the state: no samples and no numerics (train.sample_tokens, "
+                   "train.numerics_every)")
+    return fits
 
   def describe_mesh(self) -> str:
     """One line: devices along each axis, the schedule, and what the state takes."""
@@ -208,7 +219,8 @@ class _Trainer:
     return (f"mesh: {axes}" +
             (f", {runtime.schedule} pipeline" if runtime.schedule != "none" else "") +
             f"; weights and moments take {here:,.1f} MiB a device of {whole:,.1f}" +
-            (" (ZeRO-1)" if runtime.zero else ""))
+            (" (ZeRO-1)" if runtime.zero else ", each the whole but for experts elsewhere; "
+             "runtime.zero=1 cuts them over all devices"))
 
   # --- parts of the loop
 
@@ -276,6 +288,7 @@ class _Trainer:
 
   def validate(self, params: Any) -> dict[str, Any]:
     """Validation numbers of some parameters."""
+    params = evaluate_lib.collected(params, self.mesh, self.cfg.runtime)  # once for all batches
     return evaluate_lib.evaluate(self.sums, params, self.state.buffers, self.validation,
                                  self.validation_bytes)
 
@@ -410,7 +423,7 @@ class _Trainer:
           averaged = self.validate(hosts.join(average, self.state.params))
           final |= {"ema_loss": averaged["loss"], "ema_bits_per_byte": averaged["bits_per_byte"]}
       model = (hosts.whole((self.state.params, self.state.buffers), self.mesh)
-               if cfg.train.sample_tokens else None)
+               if cfg.train.sample_tokens and self.fits_one_device else None)
       if not self.group.first:
         return {}
       # As much text as the validation batches hold, so that all numbers are of the same text.
@@ -549,6 +562,21 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
       ui.close()
 
 
+def _check_devices(config: config_lib.Config) -> None:
+  """Raises ConfigError for what these devices cannot run, before the data are prepared."""
+  runtime = config.runtime
+  mesh_lib.make_mesh(runtime.mesh)
+  if runtime.schedule != "none":  # every batch of a ramp
+    rows = config.data.microbatch or config.data.batch_size
+    sizes = schedules.batch_schedule(config.data, config.train.tokens).sizes
+    for size in sorted(set(sizes)):
+      pipelined.plan(config, size // rows)
+  if runtime.dispatch.transport == "ragged" and jax.default_backend() == "cpu":
+    raise config_lib.ConfigError(
+        "runtime.dispatch.transport='ragged' needs lax.ragged_all_to_all, which XLA does not have "
+        "on a CPU; use 'dense' there")
+
+
 def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus: Any,
          group: processes.Alone) -> RunResult:
   trainer = None
@@ -556,6 +584,7 @@ def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus
     with Workdir(workdir, config, group) as folder, warnings.catch_warnings():
       warnings.simplefilter("always", UserWarning)
       warnings.showwarning = lambda message, *rest, **more: ui.note(f"warning: {message}")
+      _check_devices(config)
       if corpus is None:
         corpus = _prepared(config, folder.path, ui, group)
         ui.note(corpus.describe())

@@ -79,7 +79,7 @@ def gradients(cfg: config.Config, params: Any, buffers: Any, batch: Batch, hyper
   tables = plan.schedule.ticks(plan.unit).tables(plan.kinds)
   where = stages_lib.slots(plan.kinds, plan.schedule.routes)
   homes = placement.places(params, mesh, cfg.runtime)
-  amax_homes = placement.places(amax, mesh, zero=False)
+  amax_homes = _replicated(amax)
   batch_axes = mesh_lib.several(mesh, mesh_lib.BATCH)
   axes = (mesh_lib.PIPE, *batch_axes)
   shards = cfg.runtime.mesh.batch_shards
@@ -125,9 +125,14 @@ def gradients(cfg: config.Config, params: Any, buffers: Any, batch: Batch, hyper
       params, buffers, amax, batch, hyper.mtp_weight)
 
 
+def _replicated(tree):
+  """Homes of arrays whose names are not to be read: every device has them whole."""
+  return jax.tree.map(lambda x: placement.Place(x.ndim, None, (), None, (), False), tree)
+
+
 def _unstacked(buffers, where):
-  homes = jax.tree.map(lambda x: placement.Place(x.ndim, None, (), None, (), False), buffers)
-  return stages_lib.take(buffers, homes, {s: n for s, n in where.items() if s in buffers})
+  return stages_lib.take(buffers, _replicated(buffers),
+                         {s: n for s, n in where.items() if s in buffers})
 
 
 def _prepared(params, recipe):

@@ -38,7 +38,6 @@ from typing import Any
 
 import jax
 
-_PREFIX = "dsv3/"
 _AGAIN = "Run the same command to go on from the newest checkpoint."
 
 
@@ -105,17 +104,19 @@ class Group(Alone):
   """This process among several; see the module's docstring."""
 
   def __init__(self, client: Any, index: int, count: int, coordinator: str, patience: float,
-               last_words: LastWords):
+               last_words: LastWords, run: int = 0):
     """Args:
       client: jax.distributed's.
       index, count: number of this process, and of processes.
       coordinator: HOST:PORT of process 0, to be named.
       patience: seconds after which a process without a sign of life is lost.
       last_words: for this process.
+      run: number of the group, for processes that make several in turn; alike in all.
     """
     super().__init__()
     self.index, self.count, self.first = index, count, index == 0
     self._client = client
+    self._prefix = f"dsv3/{run}/"
     self._patience = patience
     self._tick = min(2.0, patience / 10)
     self._over = threading.Event()
@@ -137,18 +138,18 @@ class Group(Alone):
   # --- messages
 
   def _set(self, name: str, value: str, again: bool = False) -> None:
-    self._client.key_value_set(_PREFIX + name, value, allow_overwrite=again)
+    self._client.key_value_set(self._prefix + name, value, allow_overwrite=again)
 
   def _list(self, name: str) -> dict[str, str]:
     """What stands under "name/", by the rest of the key."""
-    start = f"{_PREFIX}{name}/"
+    start = f"{self._prefix}{name}/"
     return {k[k.index(start) + len(start):]: v for k, v in self._client.key_value_dir_get(start)}
 
   def _get(self, name: str) -> str:
     """Waits for a key as long as it takes: the thread sees to it that somebody is there."""
     while True:
       try:
-        return self._client.blocking_key_value_get(_PREFIX + name, 5000)
+        return self._client.blocking_key_value_get(self._prefix + name, 5000)
       except jax.errors.JaxRuntimeError as e:
         if "DEADLINE_EXCEEDED" not in str(e):
           raise
@@ -165,7 +166,7 @@ class Group(Alone):
       self._set(f"{key}/{self.index}", value)
       return []
     values = [value] + [self._get(f"{key}/{i}") for i in range(1, self.count)]
-    self._client.key_value_delete(f"{_PREFIX}{key}/")
+    self._client.key_value_delete(f"{self._prefix}{key}/")
     return values
 
   # --- stopping together

@@ -356,7 +356,7 @@ def test_prepared_data_are_used_again_until_something_changes(tmp_path, texts):
 def test_tokenized_shards_are_a_source(corpus, workdir, folder, tmp_path):
   """Oracle: the same corpus read from text."""
   made = corpus()
-  ready, = {f for f in made._folders}
+  ready, = made.folders
   other = pipeline.prepare(dataclasses.replace(BASE, sources=(f"shards:{ready}",)), 420,
                            str(tmp_path / "w"))
   assert other.tokenizer.hash == made.tokenizer.hash

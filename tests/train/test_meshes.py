@@ -14,7 +14,8 @@ from dsv3_jax.train import optim, state, step
 from tests import quick
 from tests.model import small
 
-MODEL = config.replace(small.BASE, **{"moe.experts": 8, "moe.groups": 4, "moe.active_groups": 2})
+MODEL = config.replace(small.BASE, layers=2)  # a dense layer, an MoE layer, MTP
+ONE_LAYER = {"model__layers": 1, "model__dense_layers": 0, "model__mtp_depth": 0}
 CFG = config.replace(
     config.Config(model=MODEL, loss=small.WEIGHTS),
     **{"runtime.attention": "reference", "runtime.gemm": "reference", "runtime.head_chunk": 16,
@@ -55,7 +56,7 @@ def run(steps=STEPS, **changes):
 
 
 @pytest.mark.parametrize("mesh", [
-    dict(data=2, node=2, gpu=2), dict(gpu=4), dict(pipe=2, node=2, gpu=2)], ids=str)
+    dict(data=2, node=2, gpu=2), dict(pipe=2, node=2, gpu=2)], ids=str)
 def test_fifty_steps(mesh):
   """Oracle: the run on one device: losses to 1e-4, routing counts exactly."""
   loss, counts, norm, _, _ = run()
@@ -83,8 +84,7 @@ def test_zero_1_is_bit_identical():
 @pytest.mark.parametrize("recipe", ["v3", "per_tensor_delayed"])
 def test_recipes_in_a_pipeline(recipe):
   """Oracle: the same recipe on one device; a few codes may round differently."""
-  changes = {"runtime__recipe": recipe, "model__layers": 2, "model__mtp_depth": 0,
-             "runtime__pipeline__schedule": "1f1b"}
+  changes = ONE_LAYER | {"runtime__recipe": recipe, "runtime__pipeline__schedule": "1f1b"}
   loss, counts, norm, _, one = run(3, **changes | {"runtime__pipeline__schedule": "none"})
   got_loss, got_counts, got_norm, _, piped = run(3, runtime__mesh=config.Mesh(pipe=2), **changes)
   np.testing.assert_allclose(got_loss, loss, rtol=1e-3)
@@ -98,9 +98,8 @@ def test_recipes_in_a_pipeline(recipe):
 def test_overflow():
   """Oracle: one device. Buffers for half of the mean share overflow: further rounds lose nothing;
   drop loses pairs and says how many."""
-  shallow = {"model__layers": 2, "model__mtp_depth": 0}
-  loss, counts, *_ = run(2, **shallow)
-  small_buffers = shallow | {"runtime__mesh": config.Mesh(node=2, gpu=2),
+  loss, counts, *_ = run(2, **ONE_LAYER)
+  small_buffers = ONE_LAYER | {"runtime__mesh": config.Mesh(node=2, gpu=2),
                              "runtime__dispatch__factor": 0.5}
   got_loss, got_counts, _, dropped, _ = run(2, **small_buffers)
   assert not dropped.any()

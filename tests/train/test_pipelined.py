@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax import config
+from dsv3_jax.fp8 import delayed
+from dsv3_jax.fp8.recipe import resolve
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.parallel import placement
 from dsv3_jax.train import pipelined, state, step
@@ -99,6 +101,22 @@ def test_errors():
     pipelined.gradients(piped, params, buffers, tokens(3), HYPER, None, pipelined.plan(piped, 4))
   with pytest.raises(config.ConfigError, match="runtime.mesh.pipe=2: dualpipe_v needs at least"):
     pipelined.plan(config.replace(cfg, **{"runtime.mesh.pipe": 2}), 3)
-  with pytest.raises(config.ConfigError, match="runtime.pipeline.layers.*add up to the model"):
+  with pytest.raises(config.ConfigError, match="runtime.pipeline.layers.*must be 2 numbers"):
     pipelined.plan(config.replace(cfg, **{"runtime.mesh.pipe": 2, "runtime.pipeline": {
-        "schedule": "1f1b", "layers": (1, 1)}}), 3)
+        "schedule": "1f1b", "layers": (1, 1, 1)}}), 3)
+  with pytest.raises(config.ConfigError, match="must add up to model.layers=3"):
+    config.replace(cfg, **{"runtime.mesh.pipe": 2, "runtime.pipeline.layers": (1, 1)})
+
+
+def test_amaxes_of_experts_apart():
+  """Law: a history is per layer, not per expert: it is not cut where experts are. Traced alone."""
+  _, cfg, params, buffers = model("moe")
+  mesh = config.Mesh(pipe=2, gpu=4)
+  cfg = config.replace(cfg, **{
+      "runtime.mesh": mesh, "runtime.pipeline.schedule": "1f1b",
+      "runtime.recipe": "per_tensor_delayed", "data.batch_size": B * 3, "data.microbatch": B})
+  amax = delayed.assumed(delayed.init(params, resolve(cfg.runtime)))
+  _, aux = jax.eval_shape(lambda p, b, batch, amax: pipelined.gradients(
+      cfg, p, b, batch, HYPER, mesh_lib.make_mesh(mesh), pipelined.plan(cfg, 3), amax),
+      params, buffers, tokens(3), amax)
+  assert jax.tree.map(jnp.shape, aux["amax"]) == jax.tree.map(jnp.shape, amax)

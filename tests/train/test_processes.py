@@ -71,19 +71,30 @@ def _assert_same_curve(a, b) -> None:
       assert y[key] == pytest.approx(x[key], rel=1e-6, abs=1e-6), (x["step"], key)
 
 
-@pytest.mark.timeout(300)  # eight processes' worth of start-up; 25 s on two free cores
-def test_a_lost_process_ends_the_others_and_the_run_goes_on(helper, config, alone, tmp_path):
-  """Oracle: one process: the curve of two until kill -9, then of one and of four."""
-  folder, step = tmp_path / "run", random.randint(5, 10)
-  made = helper(config, folder, 2, 2, [1, step, signal.SIGKILL])
-  assert made["codes"] == [1, -signal.SIGKILL] and made["seconds"] < 30, (step, made)
+@pytest.fixture(scope="module")
+def lost(helper, config, tmp_path_factory):
+  """A run of two processes of which one got kill -9 at a random step: its folder, its job."""
+  folder, step = tmp_path_factory.mktemp("lost") / "run", random.randint(5, 10)
+  return folder, helper(config, folder, 2, 2, [1, step, signal.SIGKILL])
+
+
+def test_a_lost_process_ends_the_others(lost, config, alone, tmp_path):
+  """Oracle: the words of the process that is left; then one process goes on as one did alone."""
+  folder, made = lost
+  assert made["codes"] == [1, -signal.SIGKILL] and made["seconds"] < 30, made
   assert ("process 0 of 2 ends: lost process 1, which gave no sign of life for 4 seconds. Run the "
           "same command to go on from the newest checkpoint.") in made["texts"][0]
   assert not (folder / "summary.json").exists()
   shutil.copytree(folder, tmp_path / "one")
-  result = runs.run(config, tmp_path / "one")
-  assert result.finished
+  assert runs.run(config, tmp_path / "one").finished
   _assert_same_curve(alone, tmp_path / "one")
+
+
+@pytest.mark.timeout(300)  # four processes' worth of start-up
+def test_four_go_on_where_two_were(lost, helper, config, alone, tmp_path):
+  """Oracle: one process from the beginning: curve, final numbers, iterator state."""
+  folder = tmp_path / "four"
+  shutil.copytree(lost[0], folder)
   made = helper(config, folder, 4, 1)
   assert made["codes"] == [0] * 4, made
   assert all(text.endswith("result 12\n") for text in made["texts"])
