@@ -17,7 +17,7 @@ import sys
 from benchmarks import common
 
 BENCHMARKS = ("grouped_matmul", "attention", "train_step", "data_pipeline", "loop_overhead",
-              "checkpoint", "fp8", "dispatch")
+              "checkpoint", "fp8", "dispatch", "pipeline")
 BUSY = 0.5  # runnable processes a core above which timings mean little
 
 
