@@ -61,6 +61,12 @@ class Exchange(NamedTuple):
   def exposed(self) -> bool:
     return not self.matmuls
 
+  def crossing(self, node: int) -> int:
+    """Bytes that a device sends to other nodes of `node` devices each, as places in the mesh go."""
+    group = self.groups[0]
+    away = sum(device // node != group[0] // node for device in group)
+    return self.size // len(group) * away
+
 
 class Order(NamedTuple):
   """What a computation does, in order.

@@ -1,28 +1,29 @@
-"""What the training step asks of XLA where it runs on GPUs; the one place for such options.
+"""What the training step asks of XLA where it runs on GPUs; runs need no XLA_FLAGS for it.
 
-    latency-hiding scheduler   starts an all-to-all early and awaits it late; without it each is
-                               awaited where it starts
-    two collectives in flight  one hop of dispatch between nodes, another within a node: they use
-                               different links, and with one at a time some find no matmul to hide
-                               behind (`benchmarks/overlap.py` shows it)
+XLA splits an all-to-all into start and done, and one of two schedulers puts these apart:
 
-Runs need no XLA_FLAGS for them. What must stay off on a pipeline is the capture of loops and
-conditionals in CUDA graphs (xla_gpu_enable_command_buffer=CONDITIONAL or WHILE): NCCL does not work
-inside conditional nodes.
+    latency hiding   decides by its own estimates what to do between the two. Without it the step
+                     that has no pipeline would await each where it starts.
+    plain            starts at once and awaits as late as dependencies allow. With it a pipeline's
+                     op FB is done as `interleave.py` has planned, every all-to-all behind matmuls;
+                     the other one's estimates leave some of them none (`benchmarks/overlap.py`).
+
+What must stay off on a pipeline is the capture of loops in CUDA graphs
+(xla_gpu_enable_command_buffer=WHILE or CONDITIONAL): NCCL does not work inside such nodes.
 """
 
 from collections.abc import Callable
 
 import jax
 
-OPTIONS = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
-}
+
+def options(schedule: str) -> dict[str, bool]:
+  """XLA's options for a step with this `runtime.schedule`."""
+  return {"xla_gpu_enable_latency_hiding_scheduler": not schedule.startswith("dualpipe")}
 
 
-def jit(function: Callable, mesh: jax.sharding.Mesh | None, **kwargs) -> Callable:
-  """`jax.jit` with the options above where the mesh is of GPUs."""
-  if mesh is not None and mesh.devices.flat[0].platform == "gpu":
-    kwargs["compiler_options"] = OPTIONS
+def jit(function: Callable, mesh: jax.sharding.Mesh, schedule: str, **kwargs) -> Callable:
+  """`jax.jit` with the options where the mesh is of GPUs."""
+  if mesh.devices.flat[0].platform == "gpu":
+    kwargs["compiler_options"] = options(schedule)
   return jax.jit(function, **kwargs)

@@ -1,19 +1,19 @@
 """A computation's operations in an order in which matmuls hide its all-to-alls.
 
 XLA issues an all-to-all, goes on with what can do without its result, and waits for that as late
-as it can. But it decides greedily, from the end of the program to its beginning, and leaves some
-all-to-alls nothing to hide behind: where the forward pass of one micro-batch and the backward pass
-of another stand in one straight line, half of one comes before all exchanges of both. So what
-travels behind what is decided here, by playing it through on a device that does one matmul at a
-time while one all-to-all travels:
+as it can. But what it does when is its own guess, and leaves some all-to-alls nothing to hide
+behind: where the forward pass of one micro-batch and the backward pass of another stand in one
+straight line, half of one comes before all exchanges of both. So what travels behind what is
+decided here, by playing it through on a device that does one matmul at a time while one all-to-all
+travels:
 
     an operation is done as soon as its inputs are there; of several matmuls the one from which
     the way to the end is longest; a matmul takes 1, an all-to-all TRAVEL, anything else nothing
 
 Gradients of weights, which nothing waits for, so fill what would be gaps. XLA is told by
 dependencies: the matmuls that were done while an all-to-all travelled wait for its operand, and
-who reads its result waits for them (`lax.optimization_barrier`, which costs nothing: XLA drops it
-once the order stands). All else stays XLA's choice.
+who reads its result waits for them (`lax.optimization_barrier`, which XLA drops once the order
+stands). All else stays XLA's choice, and a plain scheduler of its keeps to it (`compiler.py`).
 """
 
 import functools
@@ -27,7 +27,7 @@ from jax import lax
 
 from dsv3_jax.parallel.program import Program, Step, numbers
 
-TRAVEL = 2  # matmuls: with one to spare where XLA takes the other for something else
+TRAVEL = 2  # matmuls: one to spare where XLA does the other in another way, or elsewhere
 _EXCHANGES = frozenset({"all_to_all", "ragged_all_to_all"})
 _MATMULS = frozenset({"conv_general_dilated", "ragged_dot", "ragged_dot_general", "pallas_call",
                       "ffi_call"})
@@ -65,14 +65,18 @@ def _run(steps: Mapping[int, Step], values: dict[int, Any]) -> None:
       values[first] = _after(values[first], [results[m] for m in behind[i]])
       continue
     given = {}
-    if i in wait_for:  # all inputs: XLA would make one matmul of two that read the same array
+    if i in behind:  # one array for the exchange and for those who wait; XLA might make it twice
+      first = step.inputs[0]
+      operands[i] = lax.optimization_barrier(values[first])
+      given = {first: operands[i]}
+    if i in wait_for:  # all inputs; XLA might make one matmul of two that read the same
       others = [operands[e] for e in wait_for[i]]
       given = {a: _after(values[a], others) for a in made_of[i]}
     made = step.do(values | given)
+    if i in wait_for:  # one array for all readers; XLA might make it again in fp32 for some
+      results[i] = lax.optimization_barrier(made[0])
+      made = [results[i], *made[1:]]
     values.update(zip(step.outputs, made, strict=True))
-    results[i] = made[0]
-    if i in behind:
-      operands[i] = values[step.inputs[0]]
 
 
 def _after(value: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
