@@ -39,7 +39,7 @@ def model_config(shape: str):
 
 def step_flops(shape: str) -> float:
   """Floating-point operations a step needs: forward and twice that backward, nothing recomputed."""
-  from dsv3_jax.model import counts
+  from dsv3_jax import counts
   return BATCH * LENGTH * counts.flops_per_token(model_config(shape), LENGTH)
 
 

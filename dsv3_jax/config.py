@@ -16,10 +16,12 @@ run shortened tenfold keeps the shape of its schedules. The defaults are the rep
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import re
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 REPORT_TOKENS = 14.8e12  # pre-training tokens of the report; milestones below are shares of it
@@ -542,6 +544,30 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_json(config: Any) -> str:
   """The config as JSON text with sorted keys: equal configs give equal text."""
   return json.dumps(to_dict(config), indent=2, sort_keys=True)
+
+
+def differences(config: Any) -> dict[str, Any]:
+  """Dotted keys whose values differ from the defaults, with these values, in the keys' order."""
+  return dict(_differing(to_dict(config), to_dict(type(config)())))
+
+
+def _differing(values: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
+               ) -> Iterator[tuple[str, Any]]:
+  for name, value in values.items():
+    if isinstance(value, dict):
+      yield from _differing(value, defaults[name], f"{prefix}{name}.")
+    elif value != defaults[name]:
+      yield prefix + name, value
+
+
+def fingerprint(config: Any) -> str:
+  """16 hex digits by which a config is known: a hash of what differs from the defaults.
+
+  So a new key with a default changes no config's fingerprint, while a changed default changes what
+  a fingerprint stands for: whoever finds a run by its fingerprint compares the whole configs too.
+  """
+  text = json.dumps(differences(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _type_name(hint: Any) -> str:

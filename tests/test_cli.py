@@ -52,7 +52,7 @@ def test_examples_with_overrides_have_a_workdir_of_their_own(monkeypatch):
   for words in _train_examples():
     parsed, rest = cli._parser().parse_known_args(words)
     made.setdefault(parsed.workdir or str(cli.default_workdir(parsed.config)), []).append(
-        (cli.load_config(parsed.config, cli._pair_overrides(rest)), words))
+        (cli.load_config(parsed.config, cli.configs.pair_overrides(rest)), words))
   assert len(made) > 8
   for workdir, found in made.items():
     configs = {config for config, _ in found}

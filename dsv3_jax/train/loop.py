@@ -19,7 +19,6 @@ that its devices hold; what is written beside the checkpoints' arrays, process 0
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -37,9 +36,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from dsv3_jax import config as config_lib
+from dsv3_jax import counts as counts_lib
 from dsv3_jax import files, host
 from dsv3_jax.fp8 import delayed
-from dsv3_jax.model import counts as counts_lib
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.parallel import hosts, sharding
 from dsv3_jax.parallel import mesh as mesh_lib
@@ -434,7 +433,7 @@ class _Trainer:
     if not self.group.first:
       return {}
     summary = metrics_lib.plain({
-        "config_hash": hashlib.sha256(config_lib.to_json(cfg).encode()).hexdigest()[:16],
+        "config_hash": config_lib.fingerprint(cfg),
         "commit": _commit(), "versions": _versions(), "device": _device(),
         "parameters": parameters["main"] + parameters["mtp"],
         "activated_parameters": sum(counts_lib.activated_parameters(cfg.model).values()),

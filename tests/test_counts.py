@@ -6,8 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from dsv3_jax import config
-from dsv3_jax.model import counts
+from dsv3_jax import config, counts
 from dsv3_jax.model.transformer import Transformer
 
 

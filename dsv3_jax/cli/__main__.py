@@ -1,0 +1,5 @@
+"""`python -m dsv3_jax.cli`, the same as `dsv3`."""
+
+from dsv3_jax.cli import main
+
+main()

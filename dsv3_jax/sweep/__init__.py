@@ -1,0 +1,1 @@
+"""Many runs: the arms of an ablation, run and followed."""
