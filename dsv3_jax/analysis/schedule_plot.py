@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
@@ -35,6 +35,19 @@ class Bar(NamedTuple):
   start: float
   end: float
   parts: tuple[tuple[str, int, int], ...]
+
+
+def bars(plan: Any, found: Any) -> list[list[Bar]]:
+  """The rows of `draw`, from a `parallel.schedules.Schedule` and its `Simulation`."""
+  rows = []
+  for order, starts, ends in zip(plan.orders, found.starts, found.ends, strict=True):
+    rows.append([])
+    for op, start, end in zip(order, starts, ends, strict=True):
+      # The way back of a V counts as the other direction.
+      parts = [(kind, unit.microbatch, max(unit.direction, unit.chunk)) for kind, unit in (
+          ("F", op.forward), ("B" if op.kind == "FB" else op.kind, op.backward)) if unit]
+      rows[-1].append(Bar(start, end, tuple(parts)))
+  return rows
 
 
 def draw(ranks: Sequence[Sequence[Bar]], title: str) -> Figure:

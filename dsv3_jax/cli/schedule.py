@@ -89,18 +89,10 @@ def _plot(plan: Any, found: Any, path: str) -> None:
   from dsv3_jax.analysis import schedule_plot
 
   schedule_plot.check_suffix(path)
-  bars = []
-  for order, starts, ends in zip(plan.orders, found.starts, found.ends, strict=True):
-    bars.append([])
-    for op, start, end in zip(order, starts, ends, strict=True):
-      # The way back of a V counts as the other direction.
-      parts = [(kind, unit.microbatch, max(unit.direction, unit.chunk)) for kind, unit in (
-          ("F", op.forward), ("B" if op.kind == "FB" else op.kind, op.backward)) if unit]
-      bars[-1].append(schedule_plot.Bar(start, end, tuple(parts)))
   title = (f"{plan.name}, {plan.ranks} ranks, {plan.microbatches} micro-batches: makespan "
            f"{found.makespan:.4g}, bubble {max(found.bubble):.4g}, at most "
            f"{max(found.peak_activations)} activations a rank")
-  schedule_plot.write(schedule_plot.draw(bars, title), path)
+  schedule_plot.write(schedule_plot.draw(schedule_plot.bars(plan, found), title), path)
 
 
 def _as_json(plan: Any, found: Any, formula: float, costs: dict[str, float | None],
