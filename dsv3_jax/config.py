@@ -81,12 +81,19 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-  """Multi-head latent attention (report 2.1.1). Letters: H, Q, C, N, R, U."""
+  """Multi-head latent attention (report 2.1.1). Letters: H, Q, C, N, R, U; J key-value heads.
 
+  Kind "gqa" is what it is compared with: J full keys and values a token,
+  multi-head attention where J = H, multi-query where J = 1. It has no use for the ranks and
+  latent_norm_eps.
+  """
+
+  kind: str = "mla"  # or gqa
   heads: int = 8
+  kv_heads: int = 0  # J, of gqa; 0: as many as heads
   q_rank: int = 128  # Q; 0 projects queries directly from the model width
   kv_rank: int = 64  # C
-  nope_dim: int = 32  # N, per head
+  nope_dim: int = 32  # N, per head; gqa also takes 0, which rotates the whole head
   rope_dim: int = 16  # R, per head for queries, shared by the heads for the key
   v_dim: int = 32  # U, per head
   latent_norm_eps: float = 1e-6  # of the norms on the two latents; released code fixes it
@@ -94,9 +101,15 @@ class Attention:
   yarn: Yarn = Yarn()
 
   def __post_init__(self):
-    _positive("model.attention", self, "heads", "kv_rank", "nope_dim", "rope_dim", "v_dim",
-              "rope_theta", "latent_norm_eps")
-    _not_negative("model.attention", self, "q_rank")
+    s = "model.attention"
+    _one_of(s, self, "kind", ("mla", "gqa"))
+    _positive(s, self, "heads", "kv_rank", "rope_dim", "v_dim", "rope_theta", "latent_norm_eps")
+    _not_negative(s, self, "q_rank", "nope_dim", "kv_heads")
+    _require(self.kind == "gqa" or self.nope_dim > 0, f"{s}.nope_dim=0 is for {s}.kind='gqa'")
+    _require(self.kind == "gqa" or self.kv_heads == 0,
+             f"{s}.kv_heads={self.kv_heads} is for {s}.kind='gqa'; mla has one latent, leave it 0")
+    _require(self.heads % (self.kv_heads or 1) == 0,
+             f"{s}.kv_heads={self.kv_heads} must divide {s}.heads={self.heads}")
     _require(self.rope_dim % 2 == 0, f"model.attention.rope_dim={self.rope_dim} must be even")
     _require(self.yarn.factor == 1 or self.rope_theta > 1,
              f"model.attention.rope_theta={self.rope_theta} must exceed 1 under YaRN "
@@ -106,6 +119,13 @@ class Attention:
   def qk_dim(self) -> int:
     """K = N + R, the width of a query or key head."""
     return self.nope_dim + self.rope_dim
+
+  @property
+  def cached(self) -> int:
+    """Numbers a token and layer that decoding has to keep: Z = C + R, or J keys and values."""
+    if self.kind == "mla":
+      return self.kv_rank + self.rope_dim
+    return (self.kv_heads or self.heads) * (self.qk_dim + self.v_dim)
 
 
 @dataclasses.dataclass(frozen=True)

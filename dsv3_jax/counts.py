@@ -5,6 +5,8 @@ from dsv3_jax import config
 
 def _attention(cfg: config.Model, norms: bool = True) -> int:
   a = cfg.attention
+  if a.kind == "gqa":
+    return cfg.dim * (a.heads * (a.qk_dim + a.v_dim) + a.cached)
   queries = (cfg.dim * a.heads * a.qk_dim if a.q_rank == 0 else
              cfg.dim * a.q_rank + a.q_rank * a.heads * a.qk_dim)
   latent = cfg.dim * (a.kv_rank + a.rope_dim)

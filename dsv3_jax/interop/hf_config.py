@@ -202,6 +202,9 @@ def to_hf(cfg: config.Model, *, dtype: str, bos_token_id: int | None = None,
   """
   attn, moe = cfg.attention, cfg.moe
   yarn = attn.yarn
+  if attn.kind != "mla":
+    raise ConfigError(f"model.attention.kind={attn.kind!r} cannot be written: {ARCHITECTURE} has "
+                      "latent attention only")
   if moe.gate != "sigmoid":
     raise ConfigError(f"model.moe.gate={moe.gate!r} cannot be written: {ARCHITECTURE} has sigmoid "
                       "gates only")

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config
 from dsv3_jax.model import layers
+from dsv3_jax.model.gqa import GQA
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoECall, MoELayer, MoEStats
 
@@ -24,12 +25,13 @@ class BlockCall(NamedTuple):
 
 
 class Block(nnx.Module):
-  """`x + MLA(norm(x))`, then `x + FFN(norm(x))` with a dense or an MoE feed-forward."""
+  """`x + attention(norm(x))`, then `x + FFN(norm(x))` with a dense or an MoE feed-forward."""
 
   def __init__(self, cfg: config.Model, *, moe: bool, rngs: nnx.Rngs, dtype=jnp.float32):
     self.norm_eps, self.is_moe = cfg.norm_eps, moe
     self.attn_norm_D = layers.ones_param(cfg.dim, dtype)
-    self.attn = MLA(cfg, rngs=rngs, dtype=dtype)
+    kind = MLA if cfg.attention.kind == "mla" else GQA
+    self.attn = kind(cfg, rngs=rngs, dtype=dtype)
     self.ffn_norm_D = layers.ones_param(cfg.dim, dtype)
     if moe:
       self.ffn = MoELayer(cfg, rngs=rngs, dtype=dtype)

@@ -27,27 +27,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax import config, ops
-from dsv3_jax.fp8 import attention as fp8_attention
-from dsv3_jax.fp8 import linear as fp8_linear
+from dsv3_jax import config
 from dsv3_jax.fp8 import weights
 from dsv3_jax.fp8.recipe import Recipe, resolve
-from dsv3_jax.model import layers, rope
-
-
-def _in_halves(w: jax.Array, keep: int) -> jax.Array:
-  """Columns from `keep` on brought from pairs into halves; see `rope`."""
-  return jnp.concatenate([w[..., :keep], rope.to_halves(w[..., keep:])], axis=-1)
-
-
-def _projected(x: jax.Array, ws, keeps: tuple[int, ...], recipe: Recipe | None
-               ) -> tuple[jax.Array, ...]:
-  """`x @ w` for each weight, the columns from its `keep` on in halves."""
-  if recipe is None:  # weights are fewer than what they make
-    return tuple(layers.linear(x, _in_halves(weights.plain(w, x.dtype), keep))
-                 for w, keep in zip(ws, keeps, strict=True))
-  ys = fp8_linear.linear(x, tuple(ws), recipe)  # their blocks stay as they are
-  return tuple(_in_halves(y, keep) for y, keep in zip(ys, keeps, strict=True))
+from dsv3_jax.model import attention, layers, rope
 
 
 class MLA(nnx.Module):
@@ -80,7 +63,7 @@ class MLA(nnx.Module):
     """
     a = self.cfg
     w, keep = ((self.w_dq_DQ[...], a.q_rank) if a.q_rank else (self.w_q_DHK[...], a.nope_dim))
-    first, z_BTZ = _projected(x_BTD, (w, self.w_dkv_DZ[...]), (keep, a.kv_rank), recipe)
+    first, z_BTZ = attention.projected(x_BTD, (w, self.w_dkv_DZ[...]), (keep, a.kv_rank), recipe)
     return (checkpoint_name(first, "q_latent") if a.q_rank else first,
             checkpoint_name(z_BTZ, "kv_latent"))
 
@@ -90,7 +73,7 @@ class MLA(nnx.Module):
     N = self.cfg.nope_dim
     if self.cfg.q_rank:
       c_BTQ = layers.rms_norm(first, self.q_norm_Q[...], self.cfg.latent_norm_eps)
-      first, = _projected(c_BTQ, (self.w_uq_QHK[...],), (N,), recipe)
+      first, = attention.projected(c_BTQ, (self.w_uq_QHK[...],), (N,), recipe)
     rotated = rope.apply_rope(first[..., N:], cos, sin)
     return jnp.concatenate([first[..., :N], rotated], axis=-1)
 
@@ -128,12 +111,5 @@ class MLA(nnx.Module):
       first, z_BTZ = self.down(x_BTD, recipe)
       q_BTHK = self.queries(first, cos, sin, recipe)
       k_BTHK, v_BTHU = self.expand(*self.latents(z_BTZ, cos, sin), recipe)
-    w_o_HUD = self.w_o_HUD[...]
-    how = dict(scale=rope.softmax_scale(self.cfg), impl=runtime.attention,
-               block=runtime.attention_block)
-    if fp8_attention.joined(recipe, w_o_HUD, runtime.attention, x_BTD, segments_BT):
-      return fp8_attention.attend(q_BTHK, k_BTHK, v_BTHU, w_o_HUD, segments_BT, recipe, **how)
-    o_BTHU = ops.attention(q_BTHK, k_BTHK, v_BTHU, segments_BT=segments_BT, **how)
-    with jax.named_scope("mla_output"):
-      site = recipe and fp8_linear.Site(recipe.output_x, recipe.output_cache)
-      return layers.linear(o_BTHU, w_o_HUD, 2, recipe, site)
+    return attention.attend(q_BTHK, k_BTHK, v_BTHU, self.w_o_HUD[...], segments_BT, self.cfg,
+                            runtime, recipe)
