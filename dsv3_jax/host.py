@@ -1,8 +1,12 @@
-"""The host process: allocator settings that a CPU run depends on."""
+"""The host process: allocator settings that a CPU run depends on, and which code it runs."""
 
 import ctypes
+import hashlib
 import logging
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
@@ -31,3 +35,35 @@ def keep_memory() -> bool:
   done = all([mallopt(option, value) == 1 for option, value in settings])
   _log.debug("keep_memory: %s", "on" if done else "refused by the C library")
   return done
+
+
+def commit() -> str:
+  """The code's git commit, with "+" where it was changed since; empty outside a checkout."""
+  def git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=os.path.dirname(__file__), capture_output=True,
+                          text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+  try:
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno")
+                                                     else "")
+  except (OSError, subprocess.SubprocessError):
+    return ""
+
+
+# What a training run does not consist of.
+_BESIDE = ("analysis", "cli", "cost", "interop", "sweep", "rehearsal.py")
+
+
+def code() -> str:
+  """16 hex digits by which the code of training is known: a hash of its source files.
+
+  Unlike the commit it stays the same when documentation, reports or results change, and it knows
+  changes that were not committed.
+  """
+  root, digest = Path(__file__).parent, hashlib.sha256()
+  for path in sorted([*root.rglob("*.py"), *(root.parent / "pallas_kernels").glob("*.py")]):
+    name = path.relative_to(root.parent).as_posix()
+    if name.split("/")[1] not in _BESIDE:
+      digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+  return digest.hexdigest()[:16]

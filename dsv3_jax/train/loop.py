@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import time
 import types
 import warnings
@@ -434,7 +433,7 @@ class _Trainer:
       return {}
     summary = metrics_lib.plain({
         "config_hash": config_lib.fingerprint(cfg),
-        "commit": _commit(), "versions": _versions(), "device": _device(),
+        "commit": host.commit(), "versions": _versions(), "device": _device(),
         "parameters": parameters["main"] + parameters["mtp"],
         "activated_parameters": sum(counts_lib.activated_parameters(cfg.model).values()),
         "parameters_by_part": parameters, "wall_s": self.elapsed(), "final": final,
@@ -487,20 +486,6 @@ def _merged(states: list[str]) -> dict[str, Any] | None:
   from dsv3_jax.data import loader
 
   return loader.merge_states([json.loads(state) for state in states])
-
-
-def _commit() -> str:
-  """The code's git commit, with "+" where it was changed since; empty outside a checkout."""
-  def git(*args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=os.path.dirname(__file__), capture_output=True,
-                          text=True, timeout=10, check=True)
-    return done.stdout.strip()
-
-  try:
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno")
-                                                     else "")
-  except (OSError, subprocess.SubprocessError):
-    return ""
 
 
 def _versions() -> dict[str, str]:
