@@ -14,7 +14,7 @@ under every schedule and on every mesh.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from dsv3_jax.fp8.recipe import resolve
 from dsv3_jax.model import cross_entropy, layers, remat, rope
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model.block import Block, BlockCall
+from dsv3_jax.model.cut import Kind
 from dsv3_jax.model.moe import MoECall, expert_settings
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.routing import RouterBias
@@ -36,44 +37,6 @@ from dsv3_jax.parallel.pipeline import Result
 from dsv3_jax.parallel.schedules.ops import Route
 
 STACKS = ("dense", "moe")  # in the order of the layers
-
-
-class Kind(NamedTuple):
-  """What a stage computes: so many dense and MoE layers, and the end if it is the last."""
-
-  dense: int
-  moe: int
-  last: bool
-
-
-def cut(cfg: config.Model, stages: int, layers: Sequence[int] | None = None) -> tuple[Kind, ...]:
-  """The stages' kinds.
-
-  Args:
-    cfg: the model.
-    stages: how many.
-    layers: of each stage; None: evenly, an MTP module counting as a layer of the last stage, and
-      earlier stages having one more where they do not come out even.
-
-  Raises:
-    ValueError: `layers` does not fit the stages or the model.
-  """
-  if layers is None:
-    each, more = divmod(cfg.layers + cfg.mtp_depth, stages)
-    layers = [each + (s < more) for s in range(stages)]
-    layers[-1] -= cfg.mtp_depth
-    for s in reversed(range(1, stages)):  # MTP alone may be more than a share
-      if layers[s] < 0:
-        layers[s - 1] += layers[s]
-        layers[s] = 0
-  if len(layers) != stages or sum(layers) != cfg.layers or min(layers) < 0:
-    raise ValueError(f"layers={list(layers)} must be {stages} numbers, one a stage, that add up to "
-                     f"the model's {cfg.layers} layers")
-  ends = np.cumsum(layers)
-  dense = [int(np.clip(cfg.dense_layers - (end - n), 0, n))
-           for end, n in zip(ends, layers, strict=True)]
-  return tuple(Kind(d, int(n) - d, s == stages - 1)
-               for s, (d, n) in enumerate(zip(dense, layers, strict=True)))
 
 
 def slots(kinds: Sequence[Kind], routes: Sequence[Route]) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax import config
 from dsv3_jax.fp8 import weights
 from dsv3_jax.fp8.recipe import resolve
+from dsv3_jax.model import cut as cut_lib
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import stages as stages_lib
 from dsv3_jax.parallel import mesh as mesh_lib
@@ -50,7 +51,7 @@ def plan(cfg: config.Config, microbatches: int) -> Plan:
         f"{cfg.data.batch_start or cfg.data.batch_size}) has data.microbatch="
         f"{cfg.data.microbatch or cfg.data.batch_size}") from e
   try:
-    kinds = stages_lib.cut(cfg.model, schedule.stages, cfg.runtime.pipeline.layers or None)
+    kinds = cut_lib.cut(cfg.model, schedule.stages, cfg.runtime.pipeline.layers or None)
   except ValueError as e:
     raise config.ConfigError(f"runtime.pipeline.layers with {name}: {e}") from e
   return Plan(schedule, kinds, unit=not name.startswith("dualpipe"))

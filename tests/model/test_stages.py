@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config
+from dsv3_jax.model import cut, stages
 from dsv3_jax.model import loss as loss_lib
-from dsv3_jax.model import stages
-from dsv3_jax.model.stages import Kind
+from dsv3_jax.model.cut import Kind
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.parallel import placement, sharding
 from dsv3_jax.parallel.schedules import make
@@ -23,15 +23,15 @@ from tests.parallel.flops import flops
 def test_cut():
   """Oracle: by hand; an MTP module counts as a layer of the last stage."""
   cfg = config.replace(small.BASE, layers=7, dense_layers=3)  # and one MTP module
-  assert stages.cut(cfg, 4) == (
+  assert cut.cut(cfg, 4) == (
       Kind(2, 0, False), Kind(1, 1, False), Kind(0, 2, False), Kind(0, 1, True))
-  assert stages.cut(cfg, 3, (4, 0, 3)) == (
+  assert cut.cut(cfg, 3, (4, 0, 3)) == (
       Kind(3, 1, False), Kind(0, 0, False), Kind(0, 3, True))
   deep = config.replace(cfg, mtp_depth=4)  # 11 over 4 stages: the last has nothing but MTP
-  assert [k.dense + k.moe for k in stages.cut(deep, 4)] == [3, 3, 1, 0]
+  assert [k.dense + k.moe for k in cut.cut(deep, 4)] == [3, 3, 1, 0]
   for layers in ((3, 3), (4, 4, -1), (2, 2, 2)):
     with pytest.raises(ValueError, match="add up to the model's 7 layers"):
-      stages.cut(cfg, 3, layers)
+      cut.cut(cfg, 3, layers)
 
 
 @pytest.mark.parametrize("name, ranks, zero", [
@@ -41,7 +41,7 @@ def test_take_put(name, ranks, zero):
   that adds to the sum; every stage has its own layers in its slots."""
   cfg = config.replace(small.BASE, layers=5, dense_layers=2)
   plan = make(name, ranks, 8)
-  kinds = stages.cut(cfg, plan.stages)
+  kinds = cut.cut(cfg, plan.stages)
   where = stages.slots(kinds, plan.routes)
   mesh = mesh_lib.make_mesh(config.Mesh(pipe=ranks, data=2))
   values = lambda *shape: jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
@@ -87,7 +87,7 @@ def test_flops(remat):
     return loss_lib.loss_fn(model, data, loss=small.WEIGHTS, runtime=runtime, **given)
 
   expected = flops(jax.make_jaxpr(jax.grad(sequential, has_aux=True))(params))
-  kinds = stages.cut(cfg, 4)
+  kinds = cut.cut(cfg, 4)
   assert kinds[-1] == Kind(0, 0, True)  # MTP and losses alone
   plan = make("1f1b", 4, 4)
   where = stages.slots(kinds, plan.routes)
