@@ -39,7 +39,7 @@ RECIPES: dict[str, config.FP8] = {
     "v3": _V3,
     "v3_pow2": _pow2(_V3),
     "per_tensor_current": _uniform(_TENSOR),
-    "per_tensor_delayed": dataclasses.replace(uniform(_TENSOR), **_DELAYED),
+    "per_tensor_delayed": dataclasses.replace(_uniform(_TENSOR), **_DELAYED),
     "hybrid_e5m2": dataclasses.replace(
         _V3, dgrad_dy="e5m2 1x128 fp32", wgrad_dy="e5m2 128x1 fp32", dispatch_dy="e5m2 1x128 pow2"),
     "block_gradients": dataclasses.replace(
