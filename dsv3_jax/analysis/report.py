@@ -7,9 +7,7 @@ fetch: it opens offline. Equal files give an equal report.
 
 import dataclasses
 import datetime
-import html
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax import files
-from dsv3_jax.analysis import numerics, plots
+from dsv3_jax.analysis import numerics, page, plots
 from dsv3_jax.analysis import workdir as workdir_lib
+from dsv3_jax.analysis.page import escape
 from dsv3_jax.analysis.workdir import Run
 
 
@@ -96,14 +95,14 @@ def _status(run: Run) -> tuple[str, str]:
     return "empty", "No training step has been logged yet."
   last = run.train[-1]
   planned = run.config.get("train", {}).get("tokens")
-  done = f"{last['step']:,} steps, {_tokens(last.get('tokens', 0))} tokens"
+  done = f"{last['step']:,} steps, {page.tokens(last.get('tokens', 0))} tokens"
   if run.finished:
     return "done", f"Finished: {done}."
   if not planned:
     return "partial", f"{done}; how many were planned is unknown (config.json is missing)."
   share = last.get("tokens", 0) / planned
-  return "partial", (f"Not finished: {done}, {share:.0%} of the {_tokens(planned)} planned. The "
-                     "same command goes on from the last checkpoint.")
+  return "partial", (f"Not finished: {done}, {share:.0%} of the {page.tokens(planned)} planned. "
+                     "The same command goes on from the last checkpoint.")
 
 
 def _gaps(run: Run) -> list[str]:
@@ -131,9 +130,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
                  f"+ {moe.get('shared')} shared, MTP depth {model.get('mtp_depth')}, vocabulary "
                  f"{model.get('vocab_size', 0):,}"))
   if summary.get("parameters"):
-    text = _count(summary["parameters"])
+    text = page.count(summary["parameters"])
     if summary.get("activated_parameters"):
-      text += f", {_count(summary['activated_parameters'])} activated a token"
+      text += f", {page.count(summary['activated_parameters'])} activated a token"
     rows.append(("parameters", text))
   data = run.config.get("data", {})
   if data:
@@ -148,7 +147,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
   seconds = summary.get("wall_s") or _last(plots.timing(run, "elapsed_s"))
   if seconds:
-    rows.append(("wall-clock time", _duration(seconds)))
+    rows.append(("wall-clock time", page.duration(seconds)))
   metrics = run.workdir / "metrics.jsonl"
   if metrics.exists():
     last = datetime.datetime.fromtimestamp(metrics.stat().st_mtime, datetime.UTC)
@@ -238,54 +237,31 @@ def _samples(run: Run) -> list[dict[str, str]]:
 
 
 def _markdown(run: Run, pictures: dict[str, str]) -> str:
-  parts = [f"# {_one_line(_title(run))}", _status(run)[1]]
+  parts = [f"# {page.one_line(_title(run))}", _status(run)[1]]
   parts += [f"> {gap}" for gap in _gaps(run)]
-  parts.append(_markdown_table(("", ""), _facts(run)))
+  parts.append(page.markdown_table(("", ""), _facts(run)))
   numbers = _numbers(run)
   if numbers:
-    parts += ["## Key numbers", _markdown_table(("", "value", ""), numbers)]
+    parts += ["## Key numbers", page.markdown_table(("", "value", ""), numbers)]
   rates = plots.bits_per_byte(run)
   for plot in _PLOTS:
     if plot.name in pictures:
       parts += [f"## {plot.title}", f"![{plot.title}](plots/{plot.name}.svg)", plot.caption]
       if plot.name == "bits_per_byte":
-        parts.append(_markdown_table(("text model", "bits per byte"),
-                                     [(n, f"{v:.4f}") for n, v in rates]))
+        parts.append(page.markdown_table(("text model", "bits per byte"),
+                                         [(n, f"{v:.4f}") for n, v in rates]))
   samples = _samples(run)
   if samples:
     parts.append("## Samples")
     for i, sample in enumerate(samples, 1):
-      parts.append(f"### {i}. {_one_line(sample['title'])}")
+      parts.append(f"### {i}. {page.one_line(sample['title'])}")
       for key, name in (("prompt", "Given"), ("text", "Written by the model"),
                         ("suffix", "Given, after the gap"), ("reference", "In the original")):
         if sample[key]:
-          parts += [f"{name}:", _fenced(sample[key])]
+          parts += [f"{name}:", page.fenced(sample[key])]
   if run.config:
-    parts += ["## Config", _fenced(_config_text(run), "json")]
+    parts += ["## Config", page.fenced(_config_text(run), "json")]
   return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  if not rows:
-    return ""
-  lines = [head, ("---",) * len(head), *rows]
-  return "\n".join(f"| {' | '.join(_markdown_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _markdown_cell(text: str) -> str:
-  return _one_line(text).replace("|", "\\|")
-
-
-def _one_line(text: str) -> str:
-  """Text that cannot end its line, nor start HTML."""
-  return " ".join(text.replace("\\", "\\\\").replace("<", "&lt;").split())
-
-
-def _fenced(text: str, language: str = "") -> str:
-  """A code block whose fence is longer than any run of backticks in the text."""
-  longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-  fence = "`" * max(3, longest + 1)
-  return f"{fence}{language}\n{text}\n{fence}"
 
 
 # --- HTML ---------------------------------------------------------------------------------------
@@ -293,20 +269,20 @@ def _fenced(text: str, language: str = "") -> str:
 
 def _page(run: Run, pictures: dict[str, str]) -> str:
   state, sentence = _status(run)
-  body = [f'<header><h1>{_escape(_title(run))}</h1>'
-          f'<p class="status {state}"><span aria-hidden="true"></span>{_escape(sentence)}</p>'
+  body = [f'<header><h1>{escape(_title(run))}</h1>'
+          f'<p class="status {state}"><span aria-hidden="true"></span>{escape(sentence)}</p>'
           '</header>']
   gaps = _gaps(run)
   if gaps:
-    body.append('<ul class="gaps">' + "".join(f"<li>{_escape(g)}</li>" for g in gaps) + "</ul>")
+    body.append('<ul class="gaps">' + "".join(f"<li>{escape(g)}</li>" for g in gaps) + "</ul>")
   numbers = _numbers(run)
   if numbers:
-    cards = "".join(f"<div><dt>{_escape(n)}</dt><dd>{_escape(v)}</dd><p>{_escape(note)}</p></div>"
+    cards = "".join(f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd><p>{escape(note)}</p></div>"
                     for n, v, note in numbers)
     body.append(f'<section><h2>Key numbers</h2><dl class="numbers">{cards}</dl></section>')
   facts = _facts(run)
   if facts:
-    rows = "".join(f"<tr><th>{_escape(k)}</th><td>{_fact_html(k, v)}</td></tr>" for k, v in facts)
+    rows = "".join(f"<tr><th>{escape(k)}</th><td>{_fact_html(k, v)}</td></tr>" for k, v in facts)
     body.append(f'<section><h2>The run</h2><div class="card scroll"><table class="facts">{rows}'
                 '</table></div></section>')
   drawn = "".join(_plot_html(run, plot, pictures[plot.name]) for plot in _PLOTS
@@ -319,129 +295,34 @@ def _page(run: Run, pictures: dict[str, str]) -> str:
                 f'<mark>marked</mark>.</p>{"".join(map(_sample_html, samples))}</section>')
   if run.config:
     body.append('<section><h2>Config</h2><details class="card"><summary>config.json</summary>'
-                f"<pre>{_escape(_config_text(run))}</pre></details></section>")
-  return _HTML.format(title=_escape(_title(run)), style=_CSS, body="\n".join(body))
+                f"<pre>{escape(_config_text(run))}</pre></details></section>")
+  return page.document(_title(run), body)
 
 
 def _plot_html(run: Run, plot: _Plot, svg: str) -> str:
   picture = plots.to_inline(svg, plot.title, plot.name)
   table = ""
   if plot.name == "bits_per_byte":
-    rows = "".join(f"<tr><td>{_escape(n)}</td><td>{v:.4f}</td></tr>"
+    rows = "".join(f"<tr><td>{escape(n)}</td><td>{v:.4f}</td></tr>"
                    for n, v in plots.bits_per_byte(run))
     table = f'<table class="rates"><tr><th></th><th>bits per byte</th></tr>{rows}</table>'
-  return (f'<figure class="card{" wide" if plot.wide else ""}"><h3>{_escape(plot.title)}</h3>'
-          f'<div class="picture">{picture}</div>{table}'
-          f"<figcaption>{_escape(plot.caption)}</figcaption></figure>")
+  return page.figure(plot.title, picture, plot.caption, plot.wide, table)
 
 
 def _sample_html(sample: dict[str, str]) -> str:
-  text = (f"{_escape(sample['prompt'])}<mark>{_escape(sample['text']) or '&nbsp;'}</mark>"
-          f"{_escape(sample['suffix'])}")
+  text = (f"{escape(sample['prompt'])}<mark>{escape(sample['text']) or '&nbsp;'}</mark>"
+          f"{escape(sample['suffix'])}")
   reference = ""
   if sample["reference"]:
     reference = ("<details><summary>in the original</summary>"
-                 f"<pre>{_escape(sample['reference'])}</pre></details>")
-  return (f'<article class="card sample"><h3>{_escape(sample["title"])}</h3>'
+                 f"<pre>{escape(sample['reference'])}</pre></details>")
+  return (f'<article class="card sample"><h3>{escape(sample["title"])}</h3>'
           f"<pre>{text}</pre>{reference}</article>")
 
 
 def _fact_html(name: str, value: str) -> str:
-  text = _escape(value)
+  text = escape(value)
   return f"<code>{text}</code>" if name in ("command", "commit", "config hash") else text
-
-
-def _escape(text: str) -> str:
-  return html.escape(text, quote=True)
-
-
-_HTML = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_CSS = """
-:root { --text: #1c2128; --muted: #69707a; --grid: #dde1e6; --card: #ffffff; --page: #f4f5f7;
-  --edge: #e2e5e9; --mark: #dcebff; --mark-text: #0b3d82; --done: #2c9f6b; --partial: #d98a1f; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --muted: #98a1ad; --grid: #333a44;
-  --card: #1b2027; --page: #12161b; --edge: #2a313a; --mark: #1d3a60; --mark-text: #cfe3ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 28px clamp(12px, 3vw, 32px) 60px; }
-h1 { font-size: 1.65rem; line-height: 1.25; margin: 0 0 6px; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 34px 0 12px; }
-h3 { font-size: .98rem; margin: 0 0 8px; }
-.status { margin: 0; display: flex; gap: 9px; align-items: baseline; color: var(--muted); }
-.status span { flex: none; width: 10px; height: 10px; border-radius: 50%;
-  background: var(--muted); }
-.status.done span { background: var(--done); }
-.status.partial span { background: var(--partial); }
-.gaps { margin: 16px 0 0; padding: 10px 14px 10px 30px; background: var(--card);
-  border-left: 4px solid var(--partial); border-radius: 4px; font-size: .92rem; }
-.card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px;
-  padding: 14px 16px; }
-.scroll { overflow-x: auto; }
-.numbers { display: grid; gap: 12px; margin: 0;
-  grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
-.numbers div { background: var(--card); border: 1px solid var(--edge); border-radius: 10px;
-  padding: 12px 14px; }
-.numbers dt { color: var(--muted); font-size: .84rem; }
-.numbers dd { margin: 2px 0; font-size: 1.55rem; font-weight: 600;
-  font-variant-numeric: tabular-nums; }
-.numbers p { margin: 0; color: var(--muted); font-size: .8rem; }
-table { border-collapse: collapse; font-size: .92rem; }
-.facts { width: 100%; }
-.facts th { text-align: left; font-weight: 500; color: var(--muted); white-space: nowrap;
-  vertical-align: top; padding: 4px 20px 4px 0; }
-.facts td { padding: 4px 0; overflow-wrap: anywhere; }
-.rates { margin: 4px 0 0; width: 100%; }
-.rates th, .rates td { padding: 3px 0; border-top: 1px solid var(--edge); text-align: left; }
-.rates th { font-weight: 500; color: var(--muted); border-top: 0; }
-.rates td:last-child, .rates th:last-child { text-align: right;
-  font-variant-numeric: tabular-nums; }
-.plots { display: grid; gap: 16px; grid-template-columns: repeat(2, minmax(0, 1fr)); }
-figure { margin: 0; display: flex; flex-direction: column; }
-.wide { grid-column: 1 / -1; }
-.picture { overflow-x: auto; }
-.picture svg { display: block; width: 100%; height: auto; }
-.picture svg text { font-family: inherit !important; }
-figcaption { margin-top: auto; padding-top: 8px; color: var(--muted); font-size: .85rem; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; font-size: .84rem;
-  font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font-size: .88em; overflow-wrap: anywhere; }
-.hint { margin: -6px 0 12px; color: var(--muted); font-size: .9rem; }
-.sample { margin-bottom: 12px; }
-mark { background: var(--mark); color: var(--mark-text); border-radius: 3px;
-  box-decoration-break: clone; -webkit-box-decoration-break: clone; }
-details { margin-top: 10px; }
-details.card { margin-top: 0; }
-summary { cursor: pointer; color: var(--muted); font-size: .88rem; }
-details[open] summary { margin-bottom: 8px; }
-@media (max-width: 760px) {
-  .plots { grid-template-columns: minmax(0, 1fr); }
-  .card { padding: 12px; }
-  .picture svg { min-width: 400px; }
-  .wide .picture svg { min-width: 640px; }
-  .numbers { grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); }
-  .facts th, .facts td { display: block; padding: 0; }
-  .facts td { padding-bottom: 10px; }
-}
-@media print { body { background: none; } .card { break-inside: avoid; } }
-"""
 
 
 # --- words and numbers --------------------------------------------------------------------------
@@ -454,22 +335,3 @@ def _config_text(run: Run) -> str:
 def _last(values_N: np.ndarray) -> float | None:
   finite = values_N[np.isfinite(values_N)]
   return float(finite[-1]) if finite.size else None
-
-
-def _count(value: Any) -> str:
-  return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _tokens(value: float) -> str:
-  for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-    if value >= size:
-      return f"{value / size:.3g}{suffix}"
-  return f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-  whole = int(round(seconds))
-  hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
-  if hours:
-    return f"{hours} h {minutes:02d} min"
-  return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
