@@ -36,7 +36,7 @@ def record(workdir: str | Path) -> dict[str, Any]:
   Beside what the module's docstring names:
     finished: whether all its tokens were trained and summary.json written.
     arm: of a sweep's run, {"name", "state", "error"}; else empty.
-    corpus: {"tokenizer", "content"}: hashes that are equal where the texts and the tokenizer are.
+    corpus: {"tokenizer", "text"}: hashes; that of the tokenized text differs with the tokenizer.
     final: loss, bits_per_byte, max_vio, accuracy, mtp_loss of the last validation; train_loss of
       the last step; train_smoothed and train_max_vio, exponential moving averages over the steps
       (`statistics.ema`); skipped_steps.
@@ -143,14 +143,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _arm(run: Run, notes: list[str]) -> dict[str, Any]:
   """What the sweep that started this run wrote beside it."""
   path = run.workdir / "arm.json"
-  if not path.exists():
-    return {}
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return {k: values[k] for k in ("name", "state", "error", "ended", "commit") if k in values}
-  except (OSError, ValueError, TypeError) as error:
-    notes.append(f"arm.json could not be read: {error}.")
-    return {}
+  values = _json(path)
+  if path.exists() and not values:
+    notes.append("arm.json could not be read.")
+  return {k: values[k] for k in ("name", "state", "error", "commit") if k in values}
 
 
 def _config(values: dict[str, Any], notes: list[str]
@@ -186,24 +182,37 @@ def _ended(run: Run) -> str:
   for name in ("metrics.jsonl", "config.json"):
     if (run.workdir / name).exists():
       seconds = (run.workdir / name).stat().st_mtime
-      return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S}"
+      return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
   return ""
 
 
-def _corpus(run: Run) -> dict[str, Any]:
-  """Hashes of the tokenized texts, from the shards' own indices."""
+def _corpus(run: Run) -> dict[str, str]:
+  """The tokenizer's hash, and the fingerprint that `data.pipeline.Corpus` has of the text.
+
+  The newest checkpoint knows it. Without one it is made of the shards' own indices.
+  """
   sources = [str(s) for s in run.config.get("data", {}).get("sources", [])]
   folders = [Path(s.removeprefix("shards:")) for s in sources if s.startswith("shards:")]
-  tokenizers, contents = set(), []
-  for path in [*sorted((run.workdir / "data").glob("*/index.json")),
-               *(f / "index.json" for f in folders)]:
-    try:
-      index = json.loads(path.read_text(encoding="utf-8"))
-      tokenizers.add(str(index["tokenizer"]))
-      contents.append(str(index["content"]))
-    except (OSError, ValueError, KeyError, TypeError):
-      continue
-  return {"tokenizer": "+".join(sorted(tokenizers)), "content": "+".join(sorted(contents))}
+  indices = [_json(path) for path in (*sorted((run.workdir / "data").glob("*/index.json")),
+                                      *(f / "index.json" for f in folders))]
+  tokenizers = sorted({str(index["tokenizer"]) for index in indices if "tokenizer" in index})
+  contents = [str(index["content"]) for index in indices if "content" in index]
+  for path in sorted((run.workdir / "checkpoints").glob("*/checkpoint.json"), reverse=True):
+    found = (_json(path).get("iterator") or {}).get("corpus")
+    if found:
+      break
+  else:
+    found = hashlib.sha256(" ".join([*tokenizers, *contents]).encode()).hexdigest()[:16]
+  return {"tokenizer": "+".join(tokenizers), "text": found if contents else ""}
+
+
+def _json(path: Path) -> dict[str, Any]:
+  """A file's object; empty where it cannot be read."""
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return {}
+  return values if isinstance(values, dict) else {}
 
 
 def _final(run: Run, summary: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Records of finished runs: what they hold, how they are found, and what is refused."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -113,13 +114,20 @@ def test_damaged_workdirs(tmp_path):
 
 
 def test_texts_are_known_by_their_shards(tmp_path):
-  """Oracle: hashes put in by hand, in the workdir and in a folder that the config names."""
+  """Oracle: the formula of `data.pipeline.Corpus.fingerprint`; a checkpoint's word counts more."""
   folder = synthetic.write(tmp_path / "run", steps=2, changes={
       "data.sources": ("stdlib", f"shards:{tmp_path / 'shared'}")})
+  assert records.record(folder)["corpus"] == {"tokenizer": "", "text": ""}
   for path, content in ((folder / "data" / "x", "b"), (tmp_path / "shared", "a")):
     path.mkdir(parents=True)
     (path / "index.json").write_text(json.dumps({"tokenizer": "t", "content": content}))
-  assert records.record(folder)["corpus"] == {"tokenizer": "t", "content": "a+b"}
+  expected = hashlib.sha256(b"t b a").hexdigest()[:16]
+  assert records.record(folder)["corpus"] == {"tokenizer": "t", "text": expected}
+  for step, value in ((1, "old"), (2, "new")):
+    path = folder / "checkpoints" / f"{step:08d}"
+    path.mkdir(parents=True)
+    (path / "checkpoint.json").write_text(json.dumps({"iterator": {"corpus": value}}))
+  assert records.record(folder)["corpus"] == {"tokenizer": "t", "text": "new"}
 
 
 @pytest.mark.parametrize("steps", [1, 3])
