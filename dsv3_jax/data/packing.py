@@ -10,7 +10,7 @@ The position in a stream is two things: a cursor, which names a document, and an
 That is all of a packer's state, because a document is a pure function of its cursor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,3 +69,59 @@ class Packer:
       offset -= 1
     self.position = Position(cursor, offset)
     return tokens_S, segments_S
+
+
+def fixed_batches(document: Callable[[int], np.ndarray], count: int, *, length: int, isolate: bool,
+                  pad: int, batch_size: int, limit: int = 0) -> list[dict[str, np.ndarray]]:
+  """Batches of a finite stream in which each token is a target once, for evaluation.
+
+  Args:
+    document: number -> int32 [n], n >= 1.
+    count: of documents.
+    length: S = T + 1, tokens of a sequence.
+    isolate: whether attention will be limited to a document.
+    pad: token that fills up the last sequences.
+    batch_size: B, sequences of a batch.
+    limit: batches at most; 0 for all.
+
+  Returns:
+    A list of {"tokens": int32 [B, S], "mask": int8 [B, S], and with isolation "segments": int32
+    [B, S], otherwise "valid": int8 [B, S]}. mask is 1 where a token is a target that counts; what
+    fills up has mask 0, segment -1 and valid 0.
+  """
+  rows = []
+  for tokens_S, segments_S in _rows(document, count, length, isolate):
+    if limit and len(rows) == limit * batch_size:
+      break
+    padding = segments_S < 0
+    mask_S = ~padding
+    mask_S[0] = False
+    if isolate:
+      mask_S[1:] &= segments_S[1:] == segments_S[:-1]
+    rows.append((np.where(padding, pad, tokens_S).astype(np.int32), mask_S.astype(np.int8),
+                 segments_S))
+  empty = (np.full(length, pad, np.int32), np.zeros(length, np.int8),
+           np.full(length, -1, np.int32))
+  rows += [empty] * (-len(rows) % batch_size)
+  batches = []
+  for i in range(0, len(rows), batch_size):
+    tokens, mask, segments = (np.stack(x) for x in zip(*rows[i:i + batch_size], strict=True))
+    apart = {"segments": segments} if isolate else {"valid": (segments >= 0).astype(np.int8)}
+    batches.append({"tokens": tokens, "mask": mask, **apart})
+  return batches
+
+
+def _rows(document: Callable[[int], np.ndarray], count: int, length: int, isolate: bool
+          ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def advance(i: int) -> int:
+    if i + 1 == count:
+      raise StopIteration
+    return i + 1
+
+  if count:
+    packer = Packer(document, advance, length, isolate, Position(0, 0))
+    while True:
+      try:
+        yield packer.next()
+      except StopIteration:
+        return

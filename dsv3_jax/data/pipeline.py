@@ -7,16 +7,15 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dsv3_jax import config, files
 from dsv3_jax.config import ConfigError
+from dsv3_jax.data import packing, tokenize, units
 from dsv3_jax.data import shards as shards_lib
 from dsv3_jax.data import sources as sources_lib
-from dsv3_jax.data import tokenize, units
-from dsv3_jax.data.packing import Packer, Position
 from dsv3_jax.data.tokenizer import Tokenizer
 
 
@@ -99,28 +98,13 @@ class Corpus:
       that sums over batches meet each held-out token once; what fills up the last batch has mask 0,
       token pad, segment -1 and valid 0.
     """
-    length = self._data.sequence_length + 1
-    rows = []
-    for tokens_S, segments_S in self._validation_rows(length):
-      if limit and len(rows) == limit * batch_size:
-        break
-      padding = segments_S < 0
-      mask_S = ~padding
-      mask_S[0] = False
-      if self._data.isolate:
-        mask_S[1:] &= segments_S[1:] == segments_S[:-1]
-      rows.append((np.where(padding, self.tokenizer.pad, tokens_S).astype(np.int32),
-                   mask_S.astype(np.int8), segments_S))
-    empty = (np.full(length, self.tokenizer.pad, np.int32), np.zeros(length, np.int8),
-             np.full(length, -1, np.int32))
-    rows += [empty] * (-len(rows) % batch_size)
-    batches = []
-    for i in range(0, len(rows), batch_size):
-      tokens, mask, segments = (np.stack(x) for x in zip(*rows[i:i + batch_size], strict=True))
-      apart = ({"segments": segments} if self._data.isolate else
-               {"valid": (segments >= 0).astype(np.int8)})
-      batches.append({"tokens": tokens, "mask": mask, **apart})
-    return batches
+    def document(i: int) -> np.ndarray:
+      return np.concatenate([[self.tokenizer.bos], self._unit(i), [self.tokenizer.eos]]).astype(
+          np.int32)
+
+    return packing.fixed_batches(
+        document, len(self._validation), length=self._data.sequence_length + 1,
+        isolate=self._data.isolate, pad=self.tokenizer.pad, batch_size=batch_size, limit=limit)
 
   def validation_text(self, limit_bytes: int = 0) -> bytes:
     """Held-out text in the order of `validation_batches`, for compressors and unigram baselines.
@@ -136,28 +120,25 @@ class Corpus:
       size += len(parts[-1])
     return b"".join(parts)[:limit_bytes or None]
 
+  def trained_on(self, hashes: np.ndarray) -> np.ndarray:
+    """Which texts are in the training part, if only with a piece of theirs.
+
+    Args:
+      hashes: uint64 [n], `shards.content_hash` of whole documents.
+
+    Returns:
+      bool [n].
+    """
+    every = units.of(self._shards)
+    train = units.split(every, self._data.validation_fraction)[0]
+    seen = [s.records["hash"][np.unique(train.document[train.source == i])]
+            for i, s in enumerate(self._shards)]
+    return np.isin(np.asarray(hashes, np.uint64), np.concatenate(seen))
+
   def _unit(self, i: int) -> np.ndarray:
     v = self._validation
     return self._shards[int(v.source[i])].tokens(
         int(v.document[i]), int(v.start[i]), int(v.length[i]))
-
-  def _validation_rows(self, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    def document(i: int) -> np.ndarray:
-      return np.concatenate([[self.tokenizer.bos], self._unit(i), [self.tokenizer.eos]]).astype(
-          np.int32)
-
-    def advance(i: int) -> int:
-      if i + 1 == len(self._validation):
-        raise StopIteration
-      return i + 1
-
-    if len(self._validation):
-      packer = Packer(document, advance, length, self._data.isolate, Position(0, 0))
-      while True:
-        try:
-          yield packer.next()
-        except StopIteration:
-          return
 
 
 def prepare(data: config.Data, vocab_size: int, workdir: str,
