@@ -1,0 +1,326 @@
+"""Runs the arms of a sweep: what is finished is skipped, what was interrupted goes on.
+
+    rows = runner.rows(sweep, pool, records)          # what there is to do
+    outcome = runner.run(sweep, pool, Local(jobs=2), rows=rows, ...)
+
+All that is known of an arm is in its folder (pool.py), so that any number of sweeps, in any order
+and at once, may run over one pool: they look before each start, and an arm's claim decides.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import signal
+import socket
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax import config as config_lib
+from dsv3_jax import host
+from dsv3_jax.sweep import corpus, estimate, job, table
+from dsv3_jax.sweep import pool as pool_lib
+from dsv3_jax.sweep.arm import Arm, Sweep
+from dsv3_jax.sweep.pool import Pool, SweepError
+from dsv3_jax.sweep.progress import OVER, RUNNING, Follower, Progress
+
+RERUNS = ("failed", "stale", "all")
+_LOW = 64 * 2**20  # bytes free below which a failed arm is put down to the disk
+
+
+@dataclasses.dataclass
+class Row:
+  """An arm of the sweep as it stands.
+
+  Attributes:
+    stale: it finished with other training code than today's.
+    recorded: its record is there.
+    held: why it is not started again in this sweep, or "".
+  """
+
+  arm: Arm
+  folder: Path
+  follower: Follower
+  progress: Progress
+  stale: bool = False
+  recorded: bool = False
+  held: str = ""
+
+  @property
+  def note(self) -> str:
+    """For the table's last column."""
+    p = self.progress
+    if p.state == "failed":
+      return ((p.arm.get("error") or ["?"])[-1])[:120]
+    if self.held:
+      return self.held
+    if p.state == "done":
+      parts = ["from its record"] if not p.arm.get("state") else []
+      return ", ".join(parts + [f"stale: trained at {p.arm.get('commit') or 'another commit'}"]
+                       * self.stale)
+    return ""
+
+  @property
+  def shown(self) -> tuple[str, int, Progress, str]:
+    return self.arm.name, self.arm.seed, self.progress, self.note
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a sweep ended: its rows, and the signal that ended it or None."""
+
+  rows: list[Row]
+  received: int | None
+
+  @property
+  def failed(self) -> list[Row]:
+    """Arms that failed, now or before, or ended without having finished."""
+    return [r for r in self.rows if r.progress.state == "failed" or r.held]
+
+  @property
+  def exit_code(self) -> int:
+    return 128 + self.received if self.received else 1 if self.failed else 0
+
+
+def rows(sweep: Sweep, pool: Pool, records: str | None = None, code: str | None = None
+         ) -> list[Row]:
+  """The arms with what is there of each; makes nothing.
+
+  Args:
+    sweep: of `cli.configs.load_sweep`.
+    pool: its folder.
+    records: folder of records (analysis.records): an arm whose record is there is done.
+    code: of today's training (`host.code`), by which finished arms are stale or not.
+  """
+  code = host.code() if code is None else code
+  found = []
+  for arm in sweep.arms:
+    folder = pool.arm(arm)
+    follower = Follower(folder)
+    row = Row(arm, folder, follower, follower.read())
+    known = _record(records, arm) if records else None
+    row.recorded = known is not None
+    if known is not None and row.progress.state != "done":
+      row.progress = _from_record(known, folder)
+      trained_by = known.get("arm", {}).get("code")
+    else:
+      trained_by = row.progress.arm.get("code")
+    row.stale = row.progress.state == "done" and bool(trained_by) and trained_by != code
+    found.append(row)
+  return found
+
+
+def _record(folder: str, arm: Arm) -> dict[str, Any] | None:
+  """An arm's record, if it is of the very same config."""
+  from dsv3_jax.analysis import records
+
+  found = records.find(folder, arm.id)
+  if found is None:
+    return None
+  with contextlib.suppress(config_lib.ConfigError, KeyError):
+    if config_lib.from_dict(found["config"]) == arm.config:
+      return found
+  return None
+
+
+def _from_record(known: dict[str, Any], folder: Path) -> Progress:
+  final, curve = known.get("final", {}), known.get("curve", {})
+  points = tuple((s, v) for s, v in zip(curve.get("step", ()), curve.get("loss", ()), strict=False)
+                 if v is not None)
+  return Progress(folder, "done", known.get("steps", 0), known.get("steps"), points,
+                  final.get("train_loss"), final.get("loss"), final.get("max_vio"),
+                  known.get("tokens_per_s"), None, known.get("seconds"),
+                  arm={"commit": known.get("commit")})
+
+
+def again(rows_: Sequence[Row], which: str) -> list[Row]:
+  """Those rows that --rerun=WHICH repeats."""
+  def wanted(row: Row) -> bool:
+    state = row.progress.state
+    return {"": False, "failed": state == "failed", "stale": row.stale,
+            "all": state not in RUNNING and state != "waiting"}[which]
+
+  return [row for row in rows_ if wanted(row)]
+
+
+class _Signals(contextlib.AbstractContextManager):
+  """SIGINT and SIGTERM, passed on to the arms."""
+
+  def __init__(self, launcher: Any):
+    self.received: int | None = None
+    self._launcher, self._before = launcher, {}
+
+  def __enter__(self) -> "_Signals":
+    with contextlib.suppress(ValueError):  # not the main thread
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *unused) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, frame: types.FrameType | None) -> None:
+    self.received = number
+    self._launcher.stop(number)
+
+
+class _Run:
+  """A sweep while it goes."""
+
+  def __init__(self, pool: Pool, found: list[Row], launcher: Any, ui: Any,
+               estimator: estimate.Estimator, records: str | None, drop_checkpoints: bool):
+    self.pool, self.rows, self.launcher, self.ui = pool, found, launcher, ui
+    self.estimator, self.records, self.drop = estimator, records, drop_checkpoints
+    self.full = ""
+
+  def prepare(self) -> None:
+    """Folders and texts of the arms that are to run."""
+    corpora: dict[str, Path] = {}
+    for row in self.rows:
+      if row.progress.state in OVER:
+        continue
+      self.pool.add(row.arm)
+      key = corpus.key(row.arm.config)
+      if key not in corpora:
+        self.ui.note(f"preparing the text of {row.arm.name} (once for arms that share it)")
+        corpora[key] = corpus.prepare(self.pool.folder / "corpora", row.arm.config)
+      corpus.share(corpora[key], row.folder)
+
+  def loop(self, signals: _Signals, poll_s: float) -> None:
+    """Starts and follows arms until none is left that could run."""
+    while True:
+      ended = self.launcher.poll()
+      self.look()
+      for row in self.rows:
+        if row.folder in ended:
+          self.settle(row, ended[row.folder], signals)
+      if not signals.received and not self.full:
+        self.start()
+      self.ui.show([row.shown for row in self.rows], self.summary())
+      waiting = any(r.progress.state in RUNNING or self.startable(r) for r in self.rows)
+      if not self.launcher.running and (signals.received or self.full or not waiting):
+        return
+      time.sleep(poll_s)
+
+  def look(self) -> None:
+    """Reads the arms' files, and keeps the records of those that are done."""
+    for row in self.rows:
+      if row.progress.state not in OVER:
+        row.progress = row.follower.read()
+        if row.progress.state == "done":
+          self.estimator.learn(row.arm.config, row.progress)
+      if row.progress.state == "done" and row.progress.arm.get("state"):
+        self.keep(row)
+
+  def keep(self, row: Row) -> None:
+    """Writes a finished arm's record; drops its checkpoints where that is wanted."""
+    if self.records and not row.recorded:
+      from dsv3_jax.analysis import records
+
+      records.write(row.folder, self.records)
+      row.recorded = True
+      self.ui.note(f"{row.arm.name}, seed {row.arm.seed}: record in "
+                   f"{Path(self.records) / row.arm.id}.json")
+    if self.drop:
+      shutil.rmtree(row.folder / "checkpoints", ignore_errors=True)
+
+  def settle(self, row: Row, code: int, signals: _Signals) -> None:
+    """Judges an arm whose process ended."""
+    state = row.progress.state
+    if state == "failed" and shutil.disk_usage(self.pool.folder).free < _LOW:
+      self.full = (f"the disk of {self.pool.folder} is full, and {row.arm.name} failed; free some "
+                   "space, and the same command with --rerun=failed goes on")
+    if state in OVER or state in RUNNING or code == job.BUSY or signals.received:
+      return
+    said = job.last_lines(row.folder / pool_lib.OUTPUT, count=1)
+    row.held = (f"was stopped (exit code {code})" if pool_lib.read_arm(row.folder).get("ended")
+                else f"ended unexpectedly (exit code {code}): {' '.join(said)[:120]}")
+
+  def startable(self, row: Row) -> bool:
+    return row.progress.state in ("waiting", "interrupted") and not row.held
+
+  def start(self) -> None:
+    """Starts arms while there is room: arms that an ended sweep left running take room too."""
+    here, own = socket.gethostname(), set(self.launcher.running)
+    orphans = sum(r.progress.state in RUNNING and r.folder not in own
+                  and r.progress.arm.get("host") == here
+                  and not _alive(r.progress.arm.get("owner")) for r in self.rows)
+    room = self.launcher.jobs - len(own) - orphans
+    for row in self.rows:
+      if room <= 0:
+        return
+      if self.startable(row) and row.folder not in own and not pool_lib.is_claimed(row.folder):
+        self.launcher.start(row.folder)
+        row.progress = dataclasses.replace(row.progress, state="starting")
+        room -= 1
+
+  def summary(self) -> str:
+    left = self.estimator.remaining([(r.arm.config, r.progress) for r in self.rows
+                                     if not r.held], self.launcher.jobs)
+    text = table.counts([r.progress for r in self.rows])
+    return text + (f"; all done in about {table.duration(left)}" if left else "")
+
+
+def _alive(pid: Any) -> bool:
+  try:
+    os.kill(int(pid), 0)
+  except (ProcessLookupError, TypeError, ValueError):
+    return False
+  except PermissionError:
+    return True
+  return True
+
+
+def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None, *,
+        ui: Any = None, estimator: estimate.Estimator | None = None, records: str | None = None,
+        rerun: str = "", drop_checkpoints: bool = False, poll_s: float = 0.5) -> Outcome:
+  """Runs what is not finished, and returns when nothing is left to run or a signal came.
+
+  Args:
+    sweep: its arms.
+    pool: its folder.
+    launcher: `local.Local`, or one with its `jobs`, `running`, `start`, `poll` and `stop`.
+    found: of `rows`; looked up where None.
+    ui: `table.Lines` or `table.Live`; that of the terminal where None.
+    estimator: for the remaining time.
+    records: folder that gets a finished arm's record, and whose records count as finished arms.
+    rerun: "failed" (they go on from their checkpoints), "stale" or "all" (those start anew).
+    drop_checkpoints: removes a finished arm's checkpoints; its numbers stay.
+    poll_s: seconds between looks at the arms.
+
+  Raises:
+    SweepError: the text of the arms cannot be had, the disk is full, an arm to be repeated runs.
+  """
+  found = rows(sweep, pool, records) if found is None else found
+  ui = ui or table.terminal()
+  going = _Run(pool, found, launcher, ui, estimator or estimate.Estimator(pool), records,
+               drop_checkpoints)
+  try:
+    for row in again(found, rerun):
+      if rerun != "failed":
+        pool.replace(row.arm)
+      elif (held := pool_lib.claim(row.folder)) is not None:
+        pool_lib.write_arm(row.folder, state="waiting", error=None, exit_code=None)
+        os.close(held)
+      row.folder, row.recorded, row.stale = pool.arm(row.arm), False, False
+      row.follower = Follower(row.folder)
+      row.progress = row.follower.read()
+    pool.write_plan(sweep, host.commit())
+    going.prepare()
+    with _Signals(launcher) as signals:
+      going.loop(signals, poll_s)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise SweepError(f"the disk of {pool.folder} is full; free some space, and the same command "
+                     "goes on") from error
+  finally:
+    ui.close()
+  if going.full:
+    raise SweepError(going.full)
+  return Outcome(found, signals.received)
