@@ -54,6 +54,15 @@ def activated_parameters(cfg: config.Model) -> dict[str, int]:
   return {"main": _main(cfg, active), "mtp": cfg.mtp_depth * _mtp(cfg, active)}
 
 
+def layers(cfg: config.Model) -> dict[str, int]:
+  """Parameters of parts: {"dense": a dense layer, "moe": an MoE layer without its routed experts,
+  "experts": these, "mtp": what an MTP module has beyond an MoE layer}.
+  """
+  return {"dense": _attention(cfg) + 3 * cfg.dim * cfg.dense_ffn_dim + 2 * cfg.dim,
+          "moe": _moe_block(cfg, 0), "experts": 3 * cfg.dim * cfg.moe.ffn_dim * cfg.moe.experts,
+          "mtp": 2 * cfg.dim * cfg.dim + 3 * cfg.dim}
+
+
 def flops_per_token(cfg: config.Model, sequence_length: int, causal: bool = True) -> float:
   """Training FLOPs a token: forward and backward, MTP included, recomputation left out.
 

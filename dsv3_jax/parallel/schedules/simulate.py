@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dsv3_jax.parallel.schedules.ops import COMPLETES, Event, Op, completes, waits_for
@@ -60,8 +61,16 @@ class Simulation:
 
 
 def simulate(schedule: "Schedule", costs: Costs) -> Simulation:
-  """See Schedule.simulate. Takes time linear in the number of ops."""
-  durations, comm = costs.table(), costs.comm
+  """See Schedule.simulate."""
+  durations = costs.table()
+  return run(schedule, lambda op: durations[op.kind], costs.comm)
+
+
+def run(schedule: "Schedule", duration: Callable[[Op], float], comm: float = 0.0) -> Simulation:
+  """`simulate` with a duration for each op, so that stages may differ.
+
+  Takes time linear in the number of ops. `comm`: as in Schedule.simulate.
+  """
   starts: list[list[float]] = [[] for _ in range(schedule.ranks)]
   ends: list[list[float]] = [[] for _ in range(schedule.ranks)]
   done: dict[Event, tuple[float, int]] = {}  # when and on which rank
@@ -83,7 +92,7 @@ def simulate(schedule: "Schedule", costs: Costs) -> Simulation:
       if missing is not None:
         waiting[missing].append(rank)
         break
-      free[rank] = end = start + durations[order[i].kind]
+      free[rank] = end = start + duration(order[i])
       starts[rank].append(start)
       ends[rank].append(end)
       for event in completes(order[i]):
@@ -96,8 +105,7 @@ def simulate(schedule: "Schedule", costs: Costs) -> Simulation:
     raise ValueError(f"{schedule.name}: no rank can go on; "
                      + ", ".join(f"rank {rank} waits to do {op}" for rank, op in stuck.items()))
   makespan = max(free)
-  work = [sum(durations[kind] * n for kind, n in collections.Counter(
-      op.kind for op in order).items()) for order in schedule.orders]
+  work = [math.fsum(map(duration, order)) for order in schedule.orders]
   return Simulation(makespan, tuple(makespan - w for w in work),
                     tuple(peak_activations(order) for order in schedule.orders),
                     tuple(map(tuple, starts)), tuple(map(tuple, ends)))

@@ -1,0 +1,256 @@
+"""Devices: what their data sheets promise, and the shares of it that programs reach.
+
+A `Hardware` is plain numbers in SI units (FLOP/s, bytes, bytes/s one way, dollars). `Shares` are
+the few measured efficiencies that everything else is computed with. They were taken from published
+measurements of single kernels on an H800, never from the time of a whole step, so that the step
+time is a prediction:
+
+    matmul, output   DeepGEMM's table of 2025-02-26, at 4096 rows: the main loop reaches `matmul` of
+                     the peak, and then the results leave at `output` of the memory bandwidth.
+                     Fitted to o_proj, kv_b; q_b, gate+up, down come out within 4 %, the narrow
+                     2112 x 7168 at -17 %, the four grouped rows within 5 % (tests/cost)
+    operands         the same table at 64 and 128 rows, which only the operands' bytes limit
+    attention        profile trace of the report's authors (profile-data): 1.2 ms forward, 3.9 ms
+                     backward for 4096 tokens, on 112 of 132 SMs
+    stream, cast     the same trace: norms, RoPE, SwiGLU, permutation; casts and transposes. Their
+                     milliseconds over the bytes that operations.py counts for them
+    overlap          the same trace: share of an overlapped pair that the compute stream is busy
+    slow, fast       DeepEP at 64 ranks, 46 GB/s, of which 7/8 cross, on links of 50; NVLink's 160
+                     of 200 (report 3.2.2)
+
+Other devices inherit these shares unless their own are known: an assumption, not a measurement.
+"""
+
+import dataclasses
+import difflib
+import json
+import time
+import types
+from pathlib import Path
+
+from dsv3_jax import config
+from dsv3_jax.config import ConfigError
+
+HOPPER_SMS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+  """Reached shares of a device's peaks; see the file's docstring for where they come from."""
+
+  matmul: float = 0.717
+  output: float = 0.585
+  operands: float = 0.80
+  attention_forward: float = 0.683
+  attention_backward: float = 0.495
+  stream: float = 0.64
+  cast: float = 0.29
+  overlap: float = 0.92
+  fast: float = 0.80
+  slow: float = 0.80
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if not 0 < value <= 1:
+        raise ConfigError(f"hardware: shares.{field.name}={value} must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+  """One device and its links.
+
+  Attributes:
+    name: as it is printed.
+    bf16, fp8, fp32: dense matmul FLOP/s with operands of that kind.
+    vector: fp32 FLOP/s outside the matrix units, which promote partial sums; 0: none needed.
+    memory: bytes.
+    bandwidth: bytes/s of that memory.
+    fast, slow: bytes/s that a device sends within its fast domain (NVLink, ICI), and out of it
+      (InfiniBand, DCN); 0: no such link.
+    fast_devices: devices of a fast domain.
+    sms: processors of a device, `comm_sms` of which move data; 0, 0 where others do.
+    native_scales: the matrix units apply block scales themselves.
+    fused_attention: scores stay on the chip.
+    price: dollars an hour; 0: not stated.
+    shares: reached shares of these peaks.
+    note: what to know of the figures.
+  """
+
+  name: str
+  bf16: float
+  fp8: float
+  fp32: float
+  memory: float
+  bandwidth: float
+  vector: float = 0.0
+  fast: float = 0.0
+  slow: float = 0.0
+  fast_devices: int = 1
+  sms: int = 0
+  comm_sms: int = 0
+  native_scales: bool = False
+  fused_attention: bool = True
+  price: float = 0.0
+  shares: Shares = Shares()
+  note: str = ""
+
+  def __post_init__(self):
+    for name in ("bf16", "fp8", "fp32", "memory", "bandwidth", "fast_devices"):
+      if getattr(self, name) <= 0:
+        raise ConfigError(f"hardware: {name}={getattr(self, name)} must be positive")
+    for name in ("vector", "fast", "slow", "sms", "comm_sms", "price"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"hardware: {name}={getattr(self, name)} must not be negative")
+    if self.sms and self.comm_sms >= self.sms:
+      raise ConfigError(f"hardware: comm_sms={self.comm_sms} leaves none of sms={self.sms} for "
+                        "computing")
+
+  @property
+  def compute_share(self) -> float:
+    """Share of the processors that compute."""
+    return (self.sms - self.comm_sms) / self.sms if self.sms else 1.0
+
+  def peak(self, precision: str) -> float:
+    """Dense FLOP/s with operands in "fp8", "bf16" or "fp32"."""
+    return {"fp8": self.fp8, "bf16": self.bf16, "fp32": self.fp32}[precision]
+
+
+def _hopper(name: str, **figures) -> Hardware:
+  """SXM5. Peaks: NVIDIA H100 data sheet, dense. fp32: TF32, what XLA multiplies fp32 with there."""
+  return Hardware(**{
+      "name": name, "bf16": 989.5e12, "fp8": 1979e12, "fp32": 494.7e12, "vector": 66.9e12,
+      "memory": 80e9, "bandwidth": 3.35e12, "slow": 50e9,  # one 400 Gb/s adapter a GPU
+      "fast_devices": 8, "sms": HOPPER_SMS,
+      "comm_sms": 20,  # report 3.2.2; the trace's kernels run on the other 112
+      **figures})
+
+
+def _presets() -> dict[str, Hardware]:
+  return {
+      # NVLink 400 GB/s both ways (arXiv 2505.09343), of which about 160 one way are reached. Price:
+      # the report's assumption.
+      "h800": _hopper("H800", fast=200e9, price=2.0),
+      # NVLink 900 GB/s both ways (data sheet). Prices differ between clouds: give yours with
+      # --price.
+      "h100": _hopper("H100", fast=450e9),
+      # Data sheet: 141 GB HBM3e at 4.8 TB/s; the rest is an H100's.
+      "h200": _hopper("H200", fast=450e9, memory=141e9, bandwidth=4.8e12),
+      # HGX B200 data sheet at 1,000 W, dense: 2.25 and 4.5 PFLOP/s, TF32 1.1, fp32 80 TFLOP/s,
+      # 180 GB at 8 TB/s, NVLink 1.8 TB/s both ways, 400 Gb/s adapters.
+      # 24 SMs for communication: DeepEP V2's smaller setting.
+      "b200": Hardware(
+          "B200", bf16=2250e12, fp8=4500e12, fp32=1100e12, vector=80e12, memory=180e9,
+          bandwidth=8e12, fast=900e9, slow=50e9, fast_devices=8, sms=148, comm_sms=24,
+          native_scales=True,
+          note="shares of a Hopper assumed; scales of 1x32 (MX) in the matrix units"),
+      # Cloud TPU's pages of v5p and TPU7x, per chip: peaks (no FP8 units on v5p), GiB, GB/s, ICI
+      # both ways 1,200 GB/s, DCN 50 and 100 Gb/s. fp32: six bf16 passes. ICI is a torus of three
+      # dimensions: an all-to-all among 64 chips crosses three links on average, so a third of what
+      # a chip sends is its own.
+      "v5p": Hardware(
+          "TPU v5p", bf16=459e12, fp8=459e12, fp32=459e12 / 6, memory=95 * 2**30,
+          bandwidth=2765e9, fast=600e9, slow=6.25e9, fast_devices=8960,
+          shares=Shares(fast=1 / 3), note="shares of a Hopper assumed, but for the torus"),
+      "ironwood": Hardware(
+          "TPU7x (Ironwood)", bf16=2307e12, fp8=4614e12, fp32=2307e12 / 6, memory=192 * 2**30,
+          bandwidth=7380e9, fast=600e9, slow=12.5e9, fast_devices=9216,
+          shares=Shares(fast=1 / 3), note="shares of a Hopper assumed, but for the torus"),
+  }
+
+
+HARDWARE: types.MappingProxyType[str, Hardware] = types.MappingProxyType(_presets())
+
+
+def get(name: str) -> Hardware:
+  """A preset by name, "cpu" (measured here, in some 0.2 s), or a JSON file's (`*.json`).
+
+  Raises:
+    ConfigError: no such preset (the nearest is named), or a file that does not describe one.
+  """
+  if name.endswith(".json"):
+    return read(Path(name))
+  if name == "cpu":
+    return measure_cpu()
+  if name not in HARDWARE:
+    near = difflib.get_close_matches(name.lower(), HARDWARE, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(HARDWARE)}, cpu"
+    raise ConfigError(f"--hardware={name}: there is none such; {hint}, or a JSON file (--hardware="
+                      "mine.json)")
+  return HARDWARE[name]
+
+
+def read(path: Path) -> Hardware:
+  """A `Hardware` from JSON: its fields, or {"base": "h100", changed fields}.
+
+  Raises:
+    ConfigError: no such file, not JSON, an unknown field, a wrong type or an impossible value.
+  """
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise ConfigError(f"--hardware={path}: {error.strerror}") from error
+  except ValueError as error:
+    raise ConfigError(f"--hardware={path}: not JSON ({error})") from error
+  if not isinstance(values, dict):
+    raise ConfigError(f"--hardware={path}: an object with the fields of a device is expected")
+  base = values.pop("base", None)
+  if base is not None:
+    start = dataclasses.asdict(get(base))
+    values = start | values | {"shares": start["shares"] | values.get("shares", {})}
+  missing = [f.name for f in dataclasses.fields(Hardware)
+             if f.default is dataclasses.MISSING and f.name not in values]
+  if missing:
+    raise ConfigError(f"--hardware={path}: {', '.join(missing)} missing; give them, or a \"base\" "
+                      f"({', '.join(HARDWARE)}) to start from")
+  try:
+    return config.from_dict(values, Hardware)
+  except ConfigError as error:
+    raise ConfigError(f"--hardware={path}: {error}") from error
+
+
+def to_json(hardware: Hardware) -> str:
+  """As `read` takes it."""
+  return json.dumps(dataclasses.asdict(hardware), indent=2)
+
+
+def measure_cpu(seconds: float = 0.2) -> Hardware:
+  """This machine: fp32 matmul and memory bandwidth, measured with numpy.
+
+  The best of a few repetitions, so that other programs disturb less. Shares are 1, since what is
+  measured is what is reached; links there are none.
+
+  Args:
+    seconds: to spend, half on each.
+  """
+  import os
+
+  import numpy as np
+
+  n = 1024
+  a_NN = np.ones((n, n), np.float32)
+  out_NN = np.empty_like(a_NN)
+  flops = 2 * n**3 / _quickest(lambda: np.matmul(a_NN, a_NN, out=out_NN), seconds / 2)
+  source_N = np.ones(2**23, np.float32)  # 32 MiB: beyond most caches
+  target_N = np.empty_like(source_N)
+  rate = 2 * source_N.nbytes / _quickest(lambda: np.copyto(target_N, source_N), seconds / 2)
+  try:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  except (AttributeError, ValueError, OSError):
+    memory = 8 * 2**30
+  everything = Shares(**{f.name: 1.0 for f in dataclasses.fields(Shares)})
+  return Hardware("CPU (measured)", bf16=flops, fp8=flops, fp32=flops, memory=float(memory),
+                  bandwidth=rate, fused_attention=False, shares=everything,
+                  note="bf16 and fp8 counted as fp32; shares of 1")
+
+
+def _quickest(call, seconds: float) -> float:
+  call()
+  best, end = float("inf"), time.perf_counter() + seconds
+  while True:
+    start = time.perf_counter()
+    call()
+    now = time.perf_counter()
+    best = min(best, now - start)
+    if now >= end:
+      return best
