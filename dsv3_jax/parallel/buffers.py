@@ -3,6 +3,8 @@
 import dataclasses
 
 from dsv3_jax.parallel import hops, payload
+from dsv3_jax.parallel.room import Room
+from dsv3_jax.parallel.room import room as sizes_of
 
 FORMS = ("two_hop", "flat", "gather")
 OVERFLOWS = ("rounds", "drop")
@@ -49,21 +51,6 @@ class Settings:
                        "be negative")
 
 
-@dataclasses.dataclass(frozen=True)
-class Room:
-  """Sizes of buffers.
-
-  Attributes:
-    slots: for each hop, slots for each pair of sender and receiver; 0 where all rows are gathered.
-    pairs: (row, local expert) pairs of one device.
-    complete: whether they hold the worst case.
-  """
-
-  slots: tuple[int, ...]
-  pairs: int
-  complete: bool
-
-
 def room(tokens: int, active: int, local: int, sizes: tuple[int, ...], settings: Settings) -> Room:
   """Sizes of the buffers of a device.
 
@@ -74,27 +61,4 @@ def room(tokens: int, active: int, local: int, sizes: tuple[int, ...], settings:
     sizes: devices along `settings.axes`.
     settings: form, factor and limit are read.
   """
-  P, A, W, factor = tokens, active, 1, settings.factor
-  for n in sizes:
-    W *= n
-
-  def slots(rows: int, sent: int, devices: int) -> int:
-    """Of a buffer for `rows` rows that send `sent` copies in the mean."""
-    return min(rows, max(-(-int(factor * sent) // devices), 1)) if factor else rows
-
-  if settings.form == "gather":
-    each, arrived = (0,), W * P
-  elif settings.form == "flat":
-    each = (slots(P, P * min(A, W), W),)
-    arrived = W * each[0]
-  else:
-    nodes, gpus = sizes
-    visited = min(A, nodes, settings.limit or nodes)
-    first = slots(P, P * visited, nodes)
-    second = slots(nodes * first, P * min(A, visited * gpus), gpus)
-    each, arrived = (first, second), gpus * second
-  worst = arrived * min(A, local)
-  pairs = min(worst, max(int(factor * P * A), 1)) if factor else worst
-  full = dataclasses.replace(settings, factor=0.0)
-  return Room(each, pairs, not factor or (each, pairs) == (
-      (r := room(P, A, local, sizes, full)).slots, r.pairs))
+  return sizes_of(tokens, active, local, sizes, settings.form, settings.factor, settings.limit)
