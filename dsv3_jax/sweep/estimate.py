@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import socket
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -58,14 +59,16 @@ class Estimator:
   Args:
     pool: where calibration.json is.
     jobs: arms at once.
+    price: dollars an hour of one GPU, or of one core where there is none; 0: not said.
   """
 
-  def __init__(self, pool: Pool, jobs: int = 1):
+  def __init__(self, pool: Pool, jobs: int = 1, price: float = 0.0):
+    self.price = price
     self._path, self._machine = pool.folder / "calibration.json", machine(jobs)
     self._speeds: dict[str, list[Speed]] = {}
     for key, value in self._read().get(self._machine, {}).items():
       self._speeds[key] = [Speed(**value)]
-    self._calibrated = set(self._speeds)
+    self._finished: set[str] = set()  # shapes whose speeds are of whole arms
 
   def _read(self) -> dict[str, Any]:
     try:
@@ -75,31 +78,27 @@ class Estimator:
 
   @property
   def known(self) -> bool:
+    """Whether anything was measured on this machine."""
     return bool(self._speeds)
 
   def learn(self, config: Config, progress: Progress) -> None:
     """Takes the speed of an arm that finished here; it replaces a calibration of its shape."""
-    seconds = progress.arm.get("seconds") or progress.seconds
-    if not progress.tokens_per_s or not seconds:
+    seconds = progress.arm.get("seconds")
+    if not progress.tokens_per_s or not seconds or progress.arm.get("host") != socket.gethostname():
       return
-    overhead = max(seconds - config.train.tokens / progress.tokens_per_s, 0.0)
-    self._keep(config, progress.tokens_per_s, overhead)
-
-  def _keep(self, config: Config, tokens_per_s: float, overhead: float) -> None:
     key = shape(config)
-    if key in self._calibrated:
-      self._calibrated.discard(key)
-      del self._speeds[key]
-    self._speeds.setdefault(key, []).append(Speed(tokens_per_s, overhead, _flops(config)))
+    if key not in self._finished:
+      self._finished.add(key)
+      self._speeds[key] = []
+    overhead = max(seconds - config.train.tokens / progress.tokens_per_s, 0.0)
+    self._speeds[key].append(Speed(progress.tokens_per_s, overhead, _flops(config)))
 
-  def save(self, config: Config, tokens_per_s: float, overhead: float) -> None:
-    """Keeps a calibration on the disk, for this machine."""
-    found = self._read()
-    speed = Speed(tokens_per_s, overhead, _flops(config))
+  def keep(self, config: Config, tokens_per_s: float, overhead: float) -> None:
+    """Takes a calibration, and writes it down for this machine."""
+    found, speed = self._read(), Speed(tokens_per_s, overhead, _flops(config))
     found.setdefault(self._machine, {})[shape(config)] = dataclasses.asdict(speed)
     files.write_atomic(self._path, json.dumps(found, indent=1) + "\n")
     self._speeds[shape(config)] = [speed]
-    self._calibrated.add(shape(config))
 
   def seconds(self, config: Config) -> float | None:
     """Of a whole arm; None where no speed is known."""
@@ -113,6 +112,21 @@ class Estimator:
     else:
       rate = statistics.median(s.tokens_per_s * s.flops_per_token for s in every) / _flops(config)
     return config.train.tokens / rate + overhead
+
+  def describe(self, arms: Sequence[Config], jobs: int) -> str:
+    """What all these arms will take, for a person."""
+    each = [self.seconds(config) for config in arms]
+    if not each or None in each:
+      return f"{len(arms)} arms; how long they take is not known"
+    text = f"{len(arms)} arms of {span(each)}"
+    if len(arms) > 1:
+      text += f", in all about {duration(max(sum(each) / jobs, max(each)))}"
+      text += f" with {jobs} at once" if jobs > 1 else ""
+    gpus = len(local.gpus())
+    what, count = ("GPU", gpus) if gpus else ("core", len(local.cores()))
+    hours = sum(each) / 3600 * max(count // jobs, 1)
+    text += f"; {hours:.2g} {what}-hours"
+    return text + (f", ${hours * self.price:,.2f} at ${self.price:g} an hour" if self.price else "")
 
   def remaining(self, arms: Sequence[tuple[Config, Progress]], jobs: int) -> float | None:
     """Seconds until all these arms are done, `jobs` at once; None where nothing is known."""
@@ -128,6 +142,25 @@ class Estimator:
         return None
       work.append(left)
     return max(max(work, default=0.0), sum(work) / jobs) if work else None
+
+
+def duration(seconds: float | None) -> str:
+  """Seconds as 12 s, 3:05 or 1:02:03 (hours), beyond two days as 2.5 d."""
+  if seconds is None:
+    return "-"
+  if seconds >= 2 * 86400:
+    return f"{seconds / 86400:.1f} d"
+  minutes, seconds = divmod(int(seconds + 0.5), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}:{minutes:02}:{seconds:02}"
+  return f"{minutes}:{seconds:02}" if minutes else f"{seconds} s"
+
+
+def span(seconds: Sequence[float]) -> str:
+  """Shortest to longest, or one duration where they are close."""
+  low, high = duration(min(seconds)), duration(max(seconds))
+  return low if max(seconds) < 1.1 * min(seconds) else f"{low} to {high}"
 
 
 def _flops(config: Config) -> float:

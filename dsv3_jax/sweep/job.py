@@ -70,7 +70,7 @@ class Job:
   def run(self) -> int:
     """Runs to the end; returns the training's exit code, or BUSY."""
     if not self.first:
-      return self._train(None)
+      return self.train()
     claimed = pool.claim(self.folder)
     if claimed is None:
       return BUSY
@@ -84,7 +84,7 @@ class Job:
                      **self._notes)
       log = self.folder / pool.OUTPUT
       begin = log.stat().st_size if log.exists() else 0
-      code = self._train(claimed)
+      code = self.train(claimed)
       seconds = before.get("seconds", 0.0) + time.monotonic() - began
       state, error = self._outcome(code, begin)
       pool.write_arm(self.folder, state=state, exit_code=code, error=error, ended=pool.now(),
@@ -93,10 +93,9 @@ class Job:
     finally:
       os.close(claimed)
 
-  def _train(self, claimed: int | None) -> int:
+  def train(self, claimed: int | None = None) -> int:
+    """Runs the training process alone; it inherits the open file of a claim."""
     rank = "" if self.first else f".{os.environ.get('SLURM_PROCID', os.getpid())}"
-    if self._cores:
-      os.sched_setaffinity(0, self._cores)  # inherited, and XLA counts what it may use
     visible = {} if self._devices is None else {"CUDA_VISIBLE_DEVICES": self._devices}
     with open(self.folder / f"{pool.OUTPUT}{rank}", "ab") as log:
       if self._signal:
@@ -104,11 +103,22 @@ class Job:
       self._child = subprocess.Popen(
           self._argv or command(self.folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
           env=environment() | visible, pass_fds=() if claimed is None else (claimed,),
-          # SLURM's warning goes to all processes of a job; of us, only this one knows it.
-          preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+          preexec_fn=self._begin)
+    try:
       if self._signal:  # came in between
         self.stop(self._signal)
       return self._child.wait()
+    except BaseException:  # Ctrl-C while a calibration runs: nobody would wait for it
+      self._child.kill()
+      self._child.wait()
+      raise
+
+  def _begin(self) -> None:
+    """In the new process, before its program starts."""
+    # SLURM's warning goes to all processes of a job; of ours, only the one above knows it.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if self._cores:
+      os.sched_setaffinity(0, self._cores)  # XLA counts the cores that it may use
 
   def _outcome(self, code: int, begin: int) -> tuple[str, list[str] | None]:
     """The arm's state after an exit code, and the last lines of what went wrong."""

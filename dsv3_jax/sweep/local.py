@@ -58,6 +58,7 @@ class Local:
     command: what trains an arm; `job.command` where None.
 
   Attributes:
+    jobs, command: as given.
     slots: (cores, GPUs or None) of each of the arms that run at once; the cores are empty where
       there is only one slot, which has the machine.
 
@@ -70,7 +71,7 @@ class Local:
   def __init__(self, jobs: int = 1, command: Command | None = None):
     if jobs < 1:
       raise ConfigError(f"--jobs={jobs} must be positive")
-    self.jobs, self._command = jobs, command
+    self.jobs, self.command = jobs, command
     visible = gpus() if jobs > 1 else []
     if visible and jobs > len(visible):
       raise ConfigError(f"--jobs={jobs}: there are {len(visible)} GPUs, and an arm wants one of "
@@ -93,7 +94,7 @@ class Local:
     argv = [sys.executable, "-m", "dsv3_jax.sweep.job", str(folder), f"--note=owner={os.getpid()}"]
     argv += [f"--cores={','.join(map(str, own))}"] * bool(own)
     argv += [f"--devices={visible}"] * (visible is not None)
-    argv += ["--", *self._command(folder)] if self._command else []
+    argv += ["--", *self.command(folder)] if self.command else []
     with open(folder / pool.OUTPUT, "ab") as log:
       process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                  env=job.environment(), start_new_session=True)

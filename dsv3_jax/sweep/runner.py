@@ -22,6 +22,7 @@ from typing import Any
 
 from dsv3_jax import config as config_lib
 from dsv3_jax import host
+from dsv3_jax.sweep import calibrate as calibrate_lib
 from dsv3_jax.sweep import corpus, estimate, job, table
 from dsv3_jax.sweep import pool as pool_lib
 from dsv3_jax.sweep.arm import Arm, Sweep
@@ -148,10 +149,12 @@ def again(rows_: Sequence[Row], which: str) -> list[Row]:
 
 
 class _Signals(contextlib.AbstractContextManager):
-  """SIGINT and SIGTERM, passed on to the arms."""
+  """SIGINT and SIGTERM: raised as KeyboardInterrupt, and passed on to the arms once some may run.
+  """
 
   def __init__(self, launcher: Any):
     self.received: int | None = None
+    self.running = False
     self._launcher, self._before = launcher, {}
 
   def __enter__(self) -> "_Signals":
@@ -166,6 +169,8 @@ class _Signals(contextlib.AbstractContextManager):
 
   def _handle(self, number: int, frame: types.FrameType | None) -> None:
     self.received = number
+    if not self.running:
+      raise KeyboardInterrupt
     self._launcher.stop(number)
 
 
@@ -178,18 +183,33 @@ class _Run:
     self.estimator, self.records, self.drop = estimator, records, drop_checkpoints
     self.full = ""
 
-  def prepare(self) -> None:
-    """Folders and texts of the arms that are to run."""
+  def prepare(self, calibrate: bool) -> None:
+    """Folders and texts of the arms that are to run, and how long they will take."""
     corpora: dict[str, Path] = {}
-    for row in self.rows:
-      if row.progress.state in OVER:
-        continue
+    todo = [row for row in self.rows if row.progress.state not in OVER]
+    for row in todo:
       self.pool.add(row.arm)
       key = corpus.key(row.arm.config)
       if key not in corpora:
         self.ui.note(f"preparing the text of {row.arm.name} (once for arms that share it)")
         corpora[key] = corpus.prepare(self.pool.folder / "corpora", row.arm.config)
       corpus.share(corpora[key], row.folder)
+    first = next((row for row in todo if self.startable(row)), None)
+    if calibrate and first is not None and not self.estimator.known:
+      self.calibrate(first, corpora[corpus.key(first.arm.config)])
+
+  def calibrate(self, row: Row, text: Path) -> None:
+    """Measures some steps of an arm; a failure is said, and the arm itself will show it again."""
+    self.ui.note(f"measuring {calibrate_lib.STEPS} steps of {row.arm.name}")
+    cores, devices = self.launcher.slots[0]
+    try:
+      self.estimator.keep(row.arm.config, *calibrate_lib.measure(
+          row.arm.config, self.pool.folder, text, cores, devices, self.launcher.command))
+    except SweepError as error:
+      self.ui.note(str(error))
+      return
+    todo = [r.arm.config for r in self.rows if r.progress.state not in OVER]
+    self.ui.note(self.estimator.describe(todo, self.launcher.jobs))
 
   def loop(self, signals: _Signals, poll_s: float) -> None:
     """Starts and follows arms until none is left that could run."""
@@ -278,7 +298,8 @@ def _alive(pid: Any) -> bool:
 
 def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None, *,
         ui: Any = None, estimator: estimate.Estimator | None = None, records: str | None = None,
-        rerun: str = "", drop_checkpoints: bool = False, poll_s: float = 0.5) -> Outcome:
+        rerun: str = "", drop_checkpoints: bool = False, calibrate: bool = True,
+        poll_s: float = 0.5) -> Outcome:
   """Runs what is not finished, and returns when nothing is left to run or a signal came.
 
   Args:
@@ -291,6 +312,7 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
     records: folder that gets a finished arm's record, and whose records count as finished arms.
     rerun: "failed" (they go on from their checkpoints), "stale" or "all" (those start anew).
     drop_checkpoints: removes a finished arm's checkpoints; its numbers stay.
+    calibrate: measure some steps first where no speed is known.
     poll_s: seconds between looks at the arms.
 
   Raises:
@@ -300,20 +322,21 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
   ui = ui or table.terminal()
   going = _Run(pool, found, launcher, ui, estimator or estimate.Estimator(pool), records,
                drop_checkpoints)
+  signals = _Signals(launcher)
   try:
-    for row in again(found, rerun):
-      if rerun != "failed":
-        pool.replace(row.arm)
-      elif (held := pool_lib.claim(row.folder)) is not None:
-        pool_lib.write_arm(row.folder, state="waiting", error=None, exit_code=None)
-        os.close(held)
-      row.folder, row.recorded, row.stale = pool.arm(row.arm), False, False
-      row.follower = Follower(row.folder)
-      row.progress = row.follower.read()
-    pool.write_plan(sweep, host.commit())
-    going.prepare()
-    with _Signals(launcher) as signals:
+    with signals:
+      for row in again(found, rerun):
+        _repeat(row, pool, anew=rerun != "failed")
+      for row in found:
+        if row.progress.state == "done":
+          going.estimator.learn(row.arm.config, row.progress)
+      pool.write_plan(sweep, host.commit())
+      going.prepare(calibrate)
+      signals.running = True
       going.loop(signals, poll_s)
+  except KeyboardInterrupt:
+    if not signals.received:
+      raise
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
@@ -324,3 +347,15 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
   if going.full:
     raise SweepError(going.full)
   return Outcome(found, signals.received)
+
+
+def _repeat(row: Row, pool: Pool, anew: bool) -> None:
+  """Makes an arm one that waits: from its start, or from where it failed."""
+  if anew:
+    pool.replace(row.arm)
+  elif (held := pool_lib.claim(row.folder)) is not None:
+    pool_lib.write_arm(row.folder, state="waiting", error=None, exit_code=None)
+    os.close(held)
+  row.folder, row.recorded, row.stale = pool.arm(row.arm), False, False
+  row.follower = Follower(row.folder)
+  row.progress = row.follower.read()

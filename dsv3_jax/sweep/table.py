@@ -5,24 +5,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from dsv3_jax.sweep.estimate import duration
 from dsv3_jax.sweep.progress import OVER, RUNNING, Progress
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COLORS = {"done": "green", "failed": "bold red", "running": "cyan", "starting": "cyan",
            "interrupted": "yellow", "stopped": "yellow", "queued": "blue", "waiting": "dim"}
-
-
-def duration(seconds: float | None) -> str:
-  """Seconds as 12 s, 3:05 or 1:02:03 (hours), beyond two days as 2.5 d."""
-  if seconds is None:
-    return "-"
-  if seconds >= 2 * 86400:
-    return f"{seconds / 86400:.1f} d"
-  minutes, seconds = divmod(int(seconds + 0.5), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f"{hours}:{minutes:02}:{seconds:02}"
-  return f"{minutes}:{seconds:02}" if minutes else f"{seconds} s"
 
 
 def number(value: float | None, form: str = ",.4f") -> str:
