@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -485,6 +486,24 @@ class Data:
                f"{s}.microbatch={micro}")
     _require(self.batch_start <= self.batch_size,
              f"{s}.batch_start={self.batch_start} exceeds {s}.batch_size={self.batch_size}")
+
+  def ramp(self, train_tokens: float) -> list[tuple[int, int]]:
+    """(tokens from which it holds, sequences a step) of each stage of the batch ramp.
+
+    The report goes from 3,072 to 15,360 over the first 469B tokens without saying how; here it is
+    `batch_ramp_stages` stages of equally many tokens, each a whole number of micro-batches. Tokens
+    are whole, so the starts are rounded up and all that follows is exact.
+    """
+    start = self.batch_start or self.batch_size
+    micro = self.microbatch or self.batch_size
+    until = self.batch_ramp_until * train_tokens
+    stages = [(0, start)]
+    for i in range(1, self.batch_ramp_stages + 1):
+      size = start + (self.batch_size - start) * i / self.batch_ramp_stages
+      size = int(size / micro + 1e-9) * micro
+      if size > stages[-1][1]:
+        stages.append((math.ceil(until * i / self.batch_ramp_stages), size))
+    return stages
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,25 +52,6 @@ def mtp_weight(loss: config.Loss, train_tokens: float) -> Callable[[float], floa
   return lambda tokens_seen: loss.mtp_weight if tokens_seen < late_from else loss.mtp_weight_late
 
 
-def _stages(data: config.Data, train_tokens: float) -> list[tuple[int, int]]:
-  """(tokens from which it holds, sequences a step) of each stage of the batch ramp.
-
-  The report goes from 3,072 to 15,360 over the first 469B tokens without saying how; here it is
-  `batch_ramp_stages` stages of equally many tokens, each a whole number of micro-batches. Tokens
-  are whole, so the starts are rounded up and all that follows is exact.
-  """
-  start = data.batch_start or data.batch_size
-  micro = data.microbatch or data.batch_size
-  until = data.batch_ramp_until * train_tokens
-  stages = [(0, start)]
-  for i in range(1, data.batch_ramp_stages + 1):
-    size = start + (data.batch_size - start) * i / data.batch_ramp_stages
-    size = int(size / micro + 1e-9) * micro
-    if size > stages[-1][1]:
-      stages.append((math.ceil(until * i / data.batch_ramp_stages), size))
-  return stages
-
-
 @dataclasses.dataclass(frozen=True)
 class BatchSchedule:
   """The batch ramp by step number, so that any position is found without replaying the run.
@@ -108,7 +89,7 @@ def batch_schedule(data: config.Data, train_tokens: float) -> BatchSchedule:
   length = data.sequence_length
   step, sequences = 0, 0
   first_steps, first_sequences, sizes = [], [], []
-  stages = [s for s in _stages(data, train_tokens) if s[0] < train_tokens]
+  stages = [s for s in data.ramp(train_tokens) if s[0] < train_tokens]
   ends = [first for first, _ in stages[1:]] + [math.ceil(train_tokens)]
   for (_, size), end in zip(stages, ends, strict=True):
     first_steps.append(step)

@@ -40,7 +40,7 @@ def test_bias_speed_and_mtp_weight():
 
 def _size(data, tokens):
   """The ramp itself: sequences of a step that begins after so many tokens."""
-  stages = schedules._stages(data, tokens)
+  stages = data.ramp(tokens)
   return lambda seen: max((first, size) for first, size in stages if first <= seen)[1]
 
 
