@@ -396,6 +396,19 @@ def _load_part(folder: str, part: str) -> dict[str, Any]:
   return ocp.load_checkpointables(folder, {part: abstract})[part]
 
 
+def load_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
+  """The meta (step, tokens, config, ...) of the checkpoint that `load_params` would take.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or its meta cannot be read.
+  """
+  _, folder = _chosen(workdir, step)
+  try:
+    return _read_sidecar(folder)
+  except (OSError, ValueError) as e:
+    raise CheckpointError(f"checkpoint {folder} is damaged: {e}") from None
+
+
 def load_params(workdir: str, step: int | None = None, ema: bool = False) -> tuple[Any, Any, dict]:
   """Parameters and router biases of a run, for evaluation, sampling or conversion.
 
@@ -411,13 +424,7 @@ def load_params(workdir: str, step: int | None = None, ema: bool = False) -> tup
   Raises:
     CheckpointError: there is no such checkpoint, it is damaged, or it holds no EMA.
   """
-  root = os.path.join(os.path.abspath(os.path.expanduser(workdir)), "checkpoints")
-  steps = _steps(root)
-  if not steps or (step is not None and step not in steps):
-    wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
-    have = ", ".join(map(str, steps)) or "none"
-    raise CheckpointError(f"{root} holds no {wanted.removeprefix('a ')}; steps there: {have}")
-  folder = _folder(root, steps[-1] if step is None else step)
+  steps, folder = _chosen(workdir, step)
   try:
     meta = _read_sidecar(folder)
     damage = _damage(folder, meta)
@@ -431,3 +438,14 @@ def load_params(workdir: str, step: int | None = None, ema: bool = False) -> tup
     raise CheckpointError(f"checkpoint {folder} holds no EMA (optim.ema_decay was 0)")
   params = _load_part(os.path.join(folder, "ema") if ema else arrays, "params")
   return nest(params), nest(_load_part(arrays, "buffers")), meta
+
+
+def _chosen(workdir: str, step: int | None) -> tuple[list[int], str]:
+  """The steps that have checkpoints, and the folder of the one that is asked for."""
+  root = os.path.join(os.path.abspath(os.path.expanduser(workdir)), "checkpoints")
+  steps = _steps(root)
+  if not steps or (step is not None and step not in steps):
+    wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+    have = ", ".join(map(str, steps)) or "none"
+    raise CheckpointError(f"{root} holds no {wanted.removeprefix('a ')}; steps there: {have}")
+  return steps, _folder(root, steps[-1] if step is None else step)

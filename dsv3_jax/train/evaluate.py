@@ -6,8 +6,9 @@ the tokenizer and compares with compressors.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,54 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dsv3_jax import config
+from dsv3_jax.data import pipeline
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import routing
 from dsv3_jax.parallel import mesh as mesh_lib
 from dsv3_jax.parallel import placement, sharding
+from dsv3_jax.train import checkpoint, state
+
+
+class Trained(NamedTuple):
+  """A run that has a checkpoint, without its parameters."""
+
+  workdir: str
+  config: config.Config
+  corpus: pipeline.Corpus  # what it was trained on and what was held out
+  meta: dict[str, Any]  # of the checkpoint
+
+
+def find(workdir: str, step: int | None = None) -> Trained:
+  """Opens the workdir of a run for evaluation.
+
+  Args:
+    workdir: its folder.
+    step: which checkpoint; the newest where None.
+
+  Raises:
+    ConfigError: no workdir, or its text is no longer what the run was trained on.
+    CheckpointError: there is no such checkpoint.
+  """
+  if not os.path.isdir(os.path.join(workdir, "checkpoints")):
+    why = "holds no checkpoints/" if os.path.isdir(workdir) else "is not a folder"
+    raise config.ConfigError(f"{workdir} {why}; give the workdir of a run")
+  meta = checkpoint.load_meta(workdir, step)
+  cfg = config.from_dict(meta["config"])
+  corpus = pipeline.prepare(cfg.data, cfg.model.vocab_size, workdir)
+  trained_on = (meta["iterator"] or {}).get("corpus", corpus.fingerprint)
+  if corpus.fingerprint != trained_on:
+    raise config.ConfigError(
+        f"{workdir} was trained on corpus {trained_on}, its data now give {corpus.fingerprint}: "
+        "the files of data.sources or the tokenizer changed, so that held-out text may have been "
+        "trained on; bring them back")
+  return Trained(workdir, cfg, corpus, meta)
+
+
+def load(run: Trained, ema: bool = False) -> tuple[Callable, Any, Any]:
+  """(`make_evaluate`'s function on one device, params, buffers) of a run's checkpoint."""
+  params, buffers, _ = checkpoint.load_params(run.workdir, run.meta["step"], ema)
+  model = nnx.eval_shape(lambda: state.build_model(run.config.model, seed=0))
+  return make_evaluate(state.split(model)[0], run.config), params, buffers
 
 
 def make_evaluate(graphdef: nnx.GraphDef, cfg: config.Config,
@@ -67,7 +112,7 @@ def target_bytes(batch: dict[str, np.ndarray], token_bytes_V: np.ndarray) -> int
 
 
 def evaluate(sums: Callable, params: Any, buffers: Any, batches: Sequence[dict[str, jax.Array]],
-             bytes_in_targets: int) -> dict[str, Any]:
+             bytes_in_targets: int, each: bool = False) -> dict[str, Any]:
   """Averages over fixed batches.
 
   Args:
@@ -75,13 +120,17 @@ def evaluate(sums: Callable, params: Any, buffers: Any, batches: Sequence[dict[s
     params, buffers: the model's variables.
     batches: on the device already.
     bytes_in_targets: UTF-8 bytes of all targets.
+    each: whether to return the counts of each batch too.
 
   Returns:
-    loss and mtp_loss (nats a token), bits_per_byte, accuracy, max_vio, counts_LE (numpy).
+    loss and mtp_loss (nats a token), bits_per_byte, accuracy, max_vio, counts_LE (numpy); tokens
+    and batch_counts, numpy [batches, L, E], where `each`.
   """
-  total = None
+  total, batch_counts = None, []
   for batch in batches:
     found = sums(params, buffers, batch)
+    if each:
+      batch_counts.append(np.asarray(found["counts_LE"]))
     total = found if total is None else jax.tree.map(jnp.add, total, found)
   total = jax.device_get(total)
   tokens = max(float(total["tokens"]), 1.0)
@@ -93,4 +142,5 @@ def evaluate(sums: Callable, params: Any, buffers: Any, batches: Sequence[dict[s
       "accuracy": float(total["correct"]) / tokens,
       "max_vio": float(np.max(routing.max_vio(counts_LE))) if counts_LE.size else 0.0,
       "counts_LE": counts_LE,
+      **({"tokens": tokens, "batch_counts": np.stack(batch_counts)} if each else {}),
   }
