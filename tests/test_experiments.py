@@ -1,0 +1,132 @@
+"""Experiment files: each imported, its sweep expanded, every config built and shape-checked."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from dsv3_jax import cli, config, counts
+from dsv3_jax.cli import configs
+from dsv3_jax.config import ConfigError
+from dsv3_jax.model import loss as loss_lib
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.sweep import arm as arm_lib
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
+ABLATIONS = [name for name in FILES if name.startswith("ablate_")]
+SCALES = ("cpu", "gpu", "real")
+# Sections of a docstring that a reader looks for.
+HEADS = ("Parent:", "Run:", "Cost:", "Expected:", "Result:")
+
+
+def spec(name, arg=None):
+  return f"{FOLDER / name}.py" + (f":{arg}" if arg else "")
+
+
+@functools.cache
+def shapes(model):
+  """Shapes of a model's variables; nothing is allocated."""
+  return nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+
+
+@functools.cache
+def traced(model, runtime, loss, length):
+  """Shape of the loss of one sequence."""
+  graphdef, params, buffers = nnx.split(shapes(model), nnx.Param, ...)
+  batch = {"tokens": jax.ShapeDtypeStruct((1, length + 1), jnp.int32)}
+  return jax.eval_shape(lambda p, b, batch: loss_lib.loss_fn(
+      nnx.merge(graphdef, p, b), batch, loss=loss, mtp_weight=0.3, runtime=runtime,
+      denominator=1.0)[0], params, buffers, batch)
+
+
+def check(cfg):
+  """Oracle: the closed forms of dsv3_jax/counts.py."""
+  held = sum(x.size for x in jax.tree.leaves(nnx.state(shapes(cfg.model))))
+  assert held == sum(counts.parameters(cfg.model).values())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_builds(name):
+  """Law: the file's own config is valid, survives JSON, and its model has the counted size."""
+  cfg = cli.load_config(spec(name))
+  assert config.from_json(config.to_json(cfg)) == cfg
+  check(cfg)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_sweep(name, scale):
+  """Law: three seeds of every arm, each a config of its own, the first one the parent's."""
+  sweep = configs.load_sweep(spec(name, scale))
+  names = list(dict.fromkeys(arm.name for arm in sweep.arms))
+  assert len(names) >= 3
+  assert sorted((a.name, a.seed) for a in sweep.arms) == sorted((n, s) for n in names
+                                                               for s in range(3))
+  for arm in sweep.arms:
+    check(arm.config)
+    assert config.fingerprint(arm.config) == arm.id
+  # A wrong combination shows itself when the loss is traced; layers in a loop trace once.
+  for arm in sweep.arms[:len(names)]:
+    runtime = config.replace(arm.config.runtime, layer_unroll=1)
+    if scale == "cpu":
+      assert traced(arm.config.model, runtime, arm.config.loss, 32).shape == ()
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_docstring(name):
+  """Law: a reader finds question, parent, command, cost, expectation and result."""
+  text = configs.load_sweep(spec(name)).text
+  assert "?" in text.partition("\n")[0]
+  for head in HEADS:
+    assert f"\n{head}" in text, head
+  assert f"dsv3 sweep --config=experiments/{name}.py:cpu" in text
+
+
+def test_equal_sizes():
+  """Law: arms that claim equal parameters have them, to a few percent of what they vary."""
+  for name, without in (("ablate_attention", "mqa, as many heads"), ("ablate_experts", "dense")):
+    for scale in SCALES:
+      sweep = configs.load_sweep(spec(name, scale))
+      sizes = {a.name: counts.parameters(a.config.model)["main"] for a in sweep.arms
+               if a.name != without}
+      base = sizes[sweep.baseline]
+      for arm, size in sizes.items():
+        assert abs(size / base - 1) < 0.02, (name, scale, arm)
+
+
+def write(tmp_path, body):
+  path = tmp_path / "x.py"
+  path.write_text("from dsv3_jax.config import Config\n"
+                  "def get_config(arg=None):\n  return Config()\n" + body)
+  return str(path)
+
+
+@pytest.mark.parametrize("body, words", [
+    ("", "defines no function sweep"),
+    ("def sweep(arg=None):\n  return []\n", "yields no arms"),
+    ("def sweep(arg=None):\n  yield {'optim.lrr': 1}\n", "arm 'lrr=1'.*optim.lr"),
+    ("def sweep(arg=None):\n  yield {}\n  yield {'optim.lr': 2.2e-4}\n", "have one config"),
+    ("def sweep(arg=None):\n  yield {'arm': 'a'}\n  yield {'arm': 'a', 'optim.lr': 1.0}\n",
+     "two configs are called 'a'"),
+    ("def sweep(arg=None):\n  yield 3\n", "dictionaries"),
+])
+def test_errors(tmp_path, body, words):
+  """Law: a sweep that cannot be run says which arm and why."""
+  with pytest.raises(ConfigError, match=words):
+    configs.load_sweep(write(tmp_path, body))
+
+
+def test_seeds_are_an_axis(tmp_path):
+  """Printed example: names without seeds, sections as values, overrides under the arm's own."""
+  path = write(tmp_path, "from dsv3_jax.sweep import arm\nfrom dsv3_jax import config\n"
+               "def sweep(arg=None):\n  return arm.seeds({'a': {}, 'b': {'model.moe': "
+               "config.MoE(experts=8), 'optim.lr': 3.0}}, (4, 7))\n")
+  arms = configs.load_sweep(path, [("optim.lr", "2"), ("data.batch_size", "4")]).arms
+  assert [(a.name, a.seed, a.config.optim.lr, a.config.model.moe.experts) for a in arms] == [
+      ("a", 4, 2.0, 16), ("b", 4, 3.0, 8), ("a", 7, 2.0, 16), ("b", 7, 3.0, 8)]
+  assert all(a.config.data.batch_size == 4 for a in arms)
+  assert arm_lib.label({"optim.lr": 3.0, "train.seed": 1}) == "lr=3.0"
