@@ -18,14 +18,24 @@ import types
 from collections.abc import Iterable, Sequence
 
 from dsv3_jax import __version__
-from dsv3_jax.cli import convert, evaluate, numerics, report, schedule, sweep, tokenize, train
+from dsv3_jax.cli import (
+    convert,
+    evaluate,
+    numerics,
+    report,
+    schedule,
+    sweep,
+    tokenize,
+    train,
+    watch,
+)
 from dsv3_jax.cli.configs import OVERRIDE, default_workdir, load_config, pair_overrides, parse_value
 
 __all__ = ["default_workdir", "load_config", "main", "parse_value", "run"]
 
 _COMMANDS = types.MappingProxyType({
-    "train": train, "sweep": sweep, "report": report, "eval": evaluate, "numerics": numerics,
-    "schedule": schedule, "tokenize": tokenize, "convert": convert})
+    "train": train, "sweep": sweep, "watch": watch, "report": report, "eval": evaluate,
+    "numerics": numerics, "schedule": schedule, "tokenize": tokenize, "convert": convert})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from dsv3_jax.sweep import pool
 
 WHOLE = 2**20  # bytes of metrics.jsonl up to which all of it is read at first
 _TAIL = 2**16
+_SEEN = 256  # last bytes that were read
 _PLACES = 64  # of a longer file, for the curve
 _RECENT = 40  # training lines that speed is taken from
 _PATIENCE = 120.0  # seconds without a line after which a run without arm.json counts as stopped
@@ -73,7 +74,7 @@ class Follower:
     self._reset()
 
   def _reset(self) -> None:
-    self._inode, self._offset, self._rest = -1, 0, b""
+    self._inode, self._offset, self._rest, self._seen = -1, 0, b"", b""
     self._train: list[dict[str, Any]] = []
     self._eval: dict[str, Any] | None = None
     self._curve: dict[int, float] = {}
@@ -91,7 +92,7 @@ class Follower:
     finished = bool(wanted and tokens >= wanted and (self.folder / "summary.json").exists())
     state = self._state(arm, finished, step, age)
     eta = None
-    if wanted and rate and state not in OVER:
+    if wanted and len(rates) > 2 and state not in OVER:  # the first step compiled
       eta = max(wanted - tokens, 0) / _pace(recent, rate)
     return Progress(
         self.folder, state, step, total, tuple(sorted(self._curve.items())),
@@ -106,13 +107,14 @@ class Follower:
     try:
       with open(self.folder / "metrics.jsonl", "rb") as file:
         stat = os.fstat(file.fileno())
-        if stat.st_ino != self._inode or stat.st_size < self._offset:
+        if not self._goes_on(file, stat):
           self._reset()
           self._inode = stat.st_ino
           if stat.st_size > WHOLE:
             self._sample(file, stat.st_size)
         file.seek(self._offset)
-        new = self._rest + file.read()
+        read = file.read()
+        new, self._seen = self._rest + read, (self._seen + read)[-_SEEN:]
         self._offset = file.tell()
     except OSError:
       self._reset()
@@ -125,6 +127,13 @@ class Follower:
       self._curve = {step: self._curve[step] for step in [*kept[:-1:2], kept[-1]]}
     del self._train[:-_RECENT]
     return max(time.time() - stat.st_mtime, 0.0)
+
+  def _goes_on(self, file: Any, stat: os.stat_result) -> bool:
+    """Whether the file still begins with what was read: a resumed run cuts it back."""
+    if stat.st_ino != self._inode or stat.st_size < self._offset:
+      return False
+    file.seek(self._offset - len(self._seen))
+    return file.read(len(self._seen)) == self._seen
 
   def _sample(self, file: Any, size: int) -> None:
     """Of a long file, the lines at some places; what follows begins at its tail."""

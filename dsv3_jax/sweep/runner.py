@@ -229,9 +229,12 @@ class _Run:
 
   def look(self) -> None:
     """Reads the arms' files, and keeps the records of those that are done."""
+    own = set(self.launcher.running)
     for row in self.rows:
       if row.progress.state not in OVER:
         row.progress = row.follower.read()
+        if row.folder in own and row.progress.state in ("waiting", "interrupted"):
+          row.progress = dataclasses.replace(row.progress, state="starting")  # not yet claimed
         if row.progress.state == "done":
           self.estimator.learn(row.arm.config, row.progress)
       if row.progress.state == "done" and row.progress.arm.get("state"):

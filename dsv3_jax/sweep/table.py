@@ -9,7 +9,7 @@ from dsv3_jax.sweep.estimate import duration
 from dsv3_jax.sweep.progress import OVER, RUNNING, Progress
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_COLORS = {"done": "green", "failed": "bold red", "running": "cyan", "starting": "cyan",
+COLORS = {"done": "green", "failed": "bold red", "running": "cyan", "starting": "cyan",
            "interrupted": "yellow", "stopped": "yellow", "queued": "blue", "waiting": "dim"}
 
 
@@ -55,9 +55,9 @@ def arms(rows: Sequence[tuple[str, int, Progress, str]], title: str = "", captio
                "note"):
     table.add_column(name, justify="left" if name in ("arm", "state", "note") else "right",
                      overflow="fold", no_wrap=name not in ("arm", "note"))
-  shown = _fitting(rows, room)
+  shown = fitting(rows, room)
   for name, seed, p, note in shown:
-    table.add_row(Text(name), str(seed), Text(p.state, style=_COLORS.get(p.state, "")), steps(p),
+    table.add_row(Text(name), str(seed), Text(p.state, style=COLORS.get(p.state, "")), steps(p),
                   number(p.loss), number(p.validation), number(p.tokens_per_s, ",.0f"),
                   duration(p.arm.get("seconds", p.seconds) if p.state in OVER else p.seconds),
                   duration(p.eta_s) if p.state in RUNNING else "-", Text(note))
@@ -66,7 +66,7 @@ def arms(rows: Sequence[tuple[str, int, Progress, str]], title: str = "", captio
   return table
 
 
-def _fitting(rows: Sequence[Any], room: int) -> list[Any]:
+def fitting(rows: Sequence[Any], room: int) -> list[Any]:
   """Rows in their order; where they do not fit: what runs, what failed, what comes next, the last
   that are done."""
   if not room or len(rows) <= room:

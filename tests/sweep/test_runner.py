@@ -1,0 +1,210 @@
+"""Sweeps over a stub trainer whose numbers are a function of config and step (stub.py)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from dsv3_jax import host
+from dsv3_jax.analysis import records
+from dsv3_jax.config import ConfigError
+from dsv3_jax.sweep import local, pool, progress, runner
+from tests.sweep import sweeping
+from tests.sweep.sweeping import arm, sweep
+
+
+@pytest.fixture(autouse=True)
+def _without_text():
+  put_back = sweeping.no_text()
+  yield
+  put_back()
+
+
+def _results(outcome):
+  """All that a table of results shows, times apart."""
+  return [(r.arm.name, r.arm.seed, r.progress.state, r.progress.step, r.progress.loss,
+           r.progress.losses) for r in outcome.rows]
+
+
+def _starts(folder):
+  """Arm -> how often it was started."""
+  return {path.parent.name.rsplit("-", 1)[0]: len(path.read_text().splitlines())
+          for path in folder.glob("arms/*/starts")}
+
+
+def _until(condition, seconds=20.0):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end, "it did not happen"
+    time.sleep(0.02)
+
+
+def _process(folder, pause, jobs=2):
+  return subprocess.Popen([sys.executable, "-m", "tests.sweep.sweeping", str(folder), str(pause),
+                           str(jobs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def _saved(folder, count):
+  """Whether `count` arms have a checkpoint."""
+  return lambda: len(list(folder.glob("arms/*/saved"))) >= count
+
+
+def test_arms_are_run_once(tmp_path):
+  """Oracle: the stub's own numbers; each arm has one start, whichever sweeps have it."""
+  first = sweeping.run(tmp_path)
+  assert first.exit_code == 0
+  assert [r.progress.loss for r in first.rows] == pytest.approx(
+      [5 / sweeping.STEPS + lr + seed / 8 for seed in (0, 1) for lr in (0.25, 0.5)])
+  sweeping.run(tmp_path)
+  other = sweep(arm("the same", 0, optim_lr=0.25), arm("new", 0, optim_lr=0.75),
+                experiment="experiments/ablate_y.py")
+  second = sweeping.run(tmp_path, other)
+  assert [r.progress.state for r in second.rows] == ["done", "done"]
+  assert _starts(tmp_path) == {"base-s0": 1, "base-s1": 1, "more-s0": 1, "more-s1": 1, "new-s0": 1}
+  plan = json.loads((tmp_path / "sweeps/ablate_y-cpu.json").read_text())
+  assert plan["question"] == "Does x help?" and plan["baseline"] == "the same"
+  assert plan["arms"][0]["folder"] == f"arms/base-s0-{other.arms[0].id}"  # the first sweep's
+  made = pool.read_arm(tmp_path / plan["arms"][0]["folder"])
+  assert made["state"] == "done" and made["exit_code"] == 0 and made["code"] == host.code()
+
+
+def test_killed_sweep_comes_to_the_same_table(tmp_path):
+  """Oracle: the table of a sweep that nobody disturbed."""
+  undisturbed = _results(sweeping.run(tmp_path / "a", jobs=2))
+  folder = tmp_path / "b"
+  process = _process(folder, 0.05)
+  _until(_saved(folder, 2))
+  for path in folder.glob("arms/*"):  # SIGKILL: nobody has a chance to say good-bye
+    if pid := pool.read_arm(path).get("pid"):
+      os.kill(pid, signal.SIGKILL)
+      os.kill(int((path / "starts").read_text().split()[0]), signal.SIGKILL)
+  process.kill()
+  process.communicate()
+  states = [row.progress.state for row in runner.rows(sweep(), pool.Pool(folder))]
+  assert states == ["interrupted", "interrupted", "waiting", "waiting"]
+  resumed = sweeping.run(folder, jobs=2)
+  assert _results(resumed) == undisturbed
+  assert _starts(folder) == {"base-s0": 2, "more-s0": 2, "base-s1": 1, "more-s1": 1}
+
+
+def test_arms_outlive_a_killed_sweep(tmp_path):
+  """Law: an arm whose sweep was killed ends by itself, and no other sweep starts it meanwhile."""
+  process = _process(tmp_path, 0.05)
+  _until(_saved(tmp_path, 2))
+  process.kill()
+  process.communicate()
+  assert sweeping.run(tmp_path, jobs=2).exit_code == 0
+  assert set(_starts(tmp_path).values()) == {1}
+
+
+def test_signal_saves_and_the_same_command_goes_on(tmp_path):
+  """Oracle: the table of a sweep that nobody disturbed; 128 + SIGTERM is the exit code."""
+  undisturbed = _results(sweeping.run(tmp_path / "a", jobs=2))
+  folder = tmp_path / "b"
+  process = _process(folder, 0.05)
+  _until(_saved(folder, 2))
+  process.terminate()
+  process.communicate()
+  assert process.returncode == 143
+  stopped = [pool.read_arm(p) for p in sorted(folder.glob("arms/*-s0-*"))]
+  assert [(s["state"], s["exit_code"]) for s in stopped] == [("waiting", 143)] * 2
+  assert _results(sweeping.run(folder, jobs=2)) == undisturbed
+  assert _starts(folder)["base-s0"] == 2
+
+
+def test_failed_arm_stops_nobody(tmp_path):
+  """Law: the others finish; why it failed is kept; it runs again only where that is asked for."""
+  its = sweep(arm("bad", optim_lr=0.666), arm("good", optim_lr=0.5))
+  outcome = sweeping.run(tmp_path, its)
+  assert outcome.exit_code == 1 and [r.arm.name for r in outcome.failed] == ["bad"]
+  assert [r.progress.state for r in outcome.rows] == ["failed", "done"]
+  assert outcome.rows[0].progress.arm["error"] == [
+      "step 3 was reached", "dsv3: error: the loss was not finite"]
+  assert outcome.rows[0].note == "dsv3: error: the loss was not finite"
+  assert sweeping.run(tmp_path, its).exit_code == 1
+  assert _starts(tmp_path) == {"bad-s0": 1, "good-s0": 1}
+  assert sweeping.run(tmp_path, its, rerun="failed").exit_code == 1
+  assert _starts(tmp_path) == {"bad-s0": 2, "good-s0": 1}
+
+
+def test_two_sweeps_at_once(tmp_path):
+  """Law: two sweeps in one pool start each arm once, and both see all of them done."""
+  processes = [_process(tmp_path, 0.01, jobs=1) for _ in range(2)]
+  for process in processes:
+    out = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+  assert _starts(tmp_path) == {"base-s0": 1, "base-s1": 1, "more-s0": 1, "more-s1": 1}
+
+
+@pytest.mark.skipif(len(local.cores()) < 2, reason="one core")
+def test_arms_at_once_have_their_own_cores(tmp_path):
+  """Law: what runs at once shares no core, and together they have all."""
+  sweeping.run(tmp_path, sweep(arm("a", optim_lr=0.1), arm("b", optim_lr=0.2)), jobs=2, pause=0.02)
+  seen = [json.loads(path.read_text().split(" ", 1)[1]) for path in tmp_path.glob("arms/*/starts")]
+  assert sorted(seen[0] + seen[1]) == local.cores()
+
+
+def test_other_code_is_said_and_repeated_when_asked(tmp_path, monkeypatch):
+  """Law: an arm of other training code is done but stale, and --rerun=stale starts it anew."""
+  its = sweep(arm("a", optim_lr=0.1))
+  sweeping.run(tmp_path, its)
+  monkeypatch.setattr(host, "code", lambda: "0123456789abcdef")
+  outcome = sweeping.run(tmp_path, its)
+  assert outcome.rows[0].stale and outcome.rows[0].note.startswith("stale: trained at ")
+  assert _starts(tmp_path) == {"a-s0": 1}
+  outcome = sweeping.run(tmp_path, its, rerun="stale")
+  assert _starts(tmp_path) == {"a-s0": 1} and not outcome.rows[0].note  # anew, in a fresh folder
+  assert len(list(tmp_path.glob("replaced/*"))) == 1
+
+
+def test_records_count_as_finished(tmp_path, monkeypatch):
+  """Law: an arm whose record has its config is not run; one whose record has another config is."""
+  its = sweep(arm("a", optim_lr=0.1), arm("b", optim_lr=0.2))
+  outcome = sweeping.run(tmp_path / "one", its, records=str(tmp_path / "records"))
+  for row in outcome.rows:
+    assert records.find(tmp_path / "records", row.arm.id)["final"]["train_loss"] == pytest.approx(
+        row.progress.loss)
+  path = tmp_path / "records" / f"{its.arms[1].id}.json"
+  text = path.read_text()
+  assert text.count('"lr":0.2,') == 1
+  path.write_text(text.replace('"lr":0.2,', '"lr":0.3,'))
+  outcome = sweeping.run(tmp_path / "two", its, records=str(tmp_path / "records"))
+  assert _starts(tmp_path / "two") == {"b-s0": 1}
+  assert [r.note for r in outcome.rows] == ["from its record", ""]
+  assert outcome.rows[0].progress.loss == pytest.approx(0.1 + 5 / sweeping.STEPS, rel=1e-4)
+
+
+def test_full_disk(tmp_path, monkeypatch):
+  """Law: where an arm fails on a full disk, no other is started, and the message says why."""
+  its = sweep(arm("bad", optim_lr=0.666), arm("good", optim_lr=0.5))
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+  with pytest.raises(pool.SweepError, match="disk of .* is full"):
+    sweeping.run(tmp_path, its)
+  assert _starts(tmp_path) == {"bad-s0": 1}
+
+
+def test_pools_that_cannot_be(tmp_path):
+  """Law: a folder that cannot be one is named before anything is started."""
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ConfigError, match="cannot be written"):
+    pool.Pool(tmp_path / "file" / "pool")
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(ConfigError, match="workdir of one run"):
+    pool.Pool(tmp_path)
+
+
+def test_dropped_checkpoints(tmp_path):
+  """Law: a finished arm's checkpoints go where that is asked for, its numbers stay."""
+  its = sweep(arm("a", optim_lr=0.1))
+  folder = pool.Pool(tmp_path).add(its.arms[0])
+  (folder / "checkpoints" / "20").mkdir(parents=True)
+  outcome = sweeping.run(tmp_path, its, drop_checkpoints=True)
+  assert outcome.rows[0].progress.checkpoint == 20 and not (folder / "checkpoints").exists()
+  assert progress.Follower(folder).read().loss is not None
