@@ -63,14 +63,17 @@ class Hardware:
   Attributes:
     name: as it is printed.
     bf16, fp8, fp32: dense matmul FLOP/s with operands of that kind.
-    vector: fp32 FLOP/s outside the matrix units, which promote partial sums; 0: none needed.
+    vector: fp32 FLOP/s outside the matrix units, where FP8 partial sums are promoted every 128
+      values (report 3.3.2); 0: not needed.
     memory: bytes.
     bandwidth: bytes/s of that memory.
     fast, slow: bytes/s that a device sends within its fast domain (NVLink, ICI), and out of it
       (InfiniBand, DCN); 0: no such link.
     fast_devices: devices of a fast domain.
     sms: processors of a device, `comm_sms` of which move data; 0, 0 where others do.
-    native_scales: the matrix units apply block scales themselves.
+    native_scales: what if the matrix units scaled and summed by themselves (report 3.5).
+    fused_cast: what if FP8 casts happened on the way into the chip.
+    transposed_reads: what if matmuls read their operands transposed.
     fused_attention: scores stay on the chip.
     price: dollars an hour; 0: not stated.
     shares: reached shares of these peaks.
@@ -90,6 +93,8 @@ class Hardware:
   sms: int = 0
   comm_sms: int = 0
   native_scales: bool = False
+  fused_cast: bool = False
+  transposed_reads: bool = False
   fused_attention: bool = True
   price: float = 0.0
   shares: Shares = Shares()
@@ -136,14 +141,13 @@ def _presets() -> dict[str, Hardware]:
       "h100": _hopper("H100", fast=450e9),
       # Data sheet: 141 GB HBM3e at 4.8 TB/s; the rest is an H100's.
       "h200": _hopper("H200", fast=450e9, memory=141e9, bandwidth=4.8e12),
-      # HGX B200 data sheet at 1,000 W, dense: 2.25 and 4.5 PFLOP/s, TF32 1.1, fp32 80 TFLOP/s,
-      # 180 GB at 8 TB/s, NVLink 1.8 TB/s both ways, 400 Gb/s adapters.
+      # HGX B200 data sheet at 1,000 W, dense: 2.25 and 4.5 PFLOP/s, TF32 1.1 PFLOP/s, 180 GB
+      # at 8 TB/s, NVLink 1.8 TB/s both ways, 400 Gb/s adapters.
       # 24 SMs for communication: DeepEP V2's smaller setting.
       "b200": Hardware(
-          "B200", bf16=2250e12, fp8=4500e12, fp32=1100e12, vector=80e12, memory=180e9,
-          bandwidth=8e12, fast=900e9, slow=50e9, fast_devices=8, sms=148, comm_sms=24,
-          native_scales=True,
-          note="shares of a Hopper assumed; scales of 1x32 (MX) in the matrix units"),
+          "B200", bf16=2250e12, fp8=4500e12, fp32=1100e12, memory=180e9, bandwidth=8e12,
+          fast=900e9, slow=50e9, fast_devices=8, sms=148, comm_sms=24,
+          note="shares of a Hopper assumed; no promotion: scales of 1x32 (MX) in the matrix units"),
       # Cloud TPU's pages of v5p and TPU7x, per chip: peaks (no FP8 units on v5p), GiB, GB/s, ICI
       # both ways 1,200 GB/s, DCN 50 and 100 Gb/s. fp32: six bf16 passes. ICI is a torus of three
       # dimensions: an all-to-all among 64 chips crosses three links on average, so a third of what

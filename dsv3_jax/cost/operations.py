@@ -21,7 +21,7 @@ from dsv3_jax import config
 from dsv3_jax.fp8 import recipes
 
 SIZES = {"float32": 4, "bfloat16": 2}
-TILE = 128  # values that share a scale in a row
+TILE = 128  # values of K between promotions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def operand_bytes(text: str, compute: float) -> float:
   value = 1.5 if name == "e5m6" else 1.0
   if tile == "tensor":
     return value
-  rows, columns = map(int, tile.split("x"))
+  rows, columns = (int(side) for side in tile.split("x"))
   return value + (4.0 if scale == "fp32" else 1.0) / (rows * columns)
 
 

@@ -47,6 +47,7 @@ class Estimate:
 
   Attributes:
     config, hardware: of the run.
+    length: of the sequences that attention sees.
     devices, ranks, microbatches: D, pipeline ranks R, micro-batches M of a data-parallel part.
     schedule: its name.
     layers: of each stage, MTP not counted.
@@ -64,6 +65,7 @@ class Estimate:
 
   config: config.Config
   hardware: Hardware
+  length: int
   devices: int
   ranks: int
   microbatches: int
@@ -92,7 +94,7 @@ class Estimate:
   def flops_per_token(self, causal: bool = True, mtp: bool = False) -> float:
     """As `counts.flops_per_token`; without MTP, as the report counts, unless asked for."""
     model = self.config.model if mtp else dataclasses.replace(self.config.model, mtp_depth=0)
-    return counts.flops_per_token(model, self.config.data.sequence_length, causal)
+    return counts.flops_per_token(model, self.length, causal)
 
   def achieved(self, causal: bool = True, mtp: bool = False) -> float:
     """FLOP/s of one device."""
@@ -126,8 +128,15 @@ class Estimate:
                                         "noncausal": self.achieved(False)}}
 
 
-def estimate(cfg: config.Config, hw: Hardware) -> Estimate:
+def estimate(cfg: config.Config, hw: Hardware, attended: int = 0) -> Estimate:
   """A step of the full batch on `cfg.runtime.mesh`.
+
+  Args:
+    cfg: the run.
+    hw: the devices.
+    attended: length of the sequences that attention sees, where those are cut among devices so that
+      each holds data.sequence_length tokens of one; 0: data.sequence_length. What they send each
+      other for that is not counted.
 
   Raises:
     ConfigError: the hardware lacks a link that the mesh needs.
@@ -141,10 +150,10 @@ def estimate(cfg: config.Config, hw: Hardware) -> Estimate:
   n = operations.numerics(cfg.runtime)
   length = cfg.data.sequence_length
   tokens = micro * length / mesh.batch_shards
-  blocks = _blocks(cfg, tokens, n, hw)
+  blocks = _blocks(cfg, tokens, attended or length, n, hw)
   exchange = communication.exchanges(model, cfg.runtime, tokens, n, hw)
   stages = tuple(_stage(cfg, kind, blocks, exchange, tokens, n, hw) for kind in kinds)
-  found = simulate.run(plan, functools.partial(_seconds, stages, hw.shares.overlap),
+  found = simulate.run(plan, functools.partial(_seconds, stages, hw),
                        communication.hop(model, tokens, n, mesh, hw))
   spent = dict.fromkeys(("1F", "1B", "1W", "1F1B"), 0.0)
   for order, starts, ends in zip(plan.orders, found.starts, found.ends, strict=True):
@@ -162,10 +171,10 @@ def estimate(cfg: config.Config, hw: Hardware) -> Estimate:
   formula = formulas.row(
       plan.name, plan.ranks, plan.microbatches,
       mean("forward") + mean("send_forward"), mean("inputs") + mean("send_backward"),
-      mean("weights"), statistics.fmean(_pair(s, s, hw.shares.overlap) for s in stages))
+      mean("weights"), statistics.fmean(pair(s, s, hw) for s in stages))
   return Estimate(
-      cfg, hw, mesh.devices, plan.ranks, plan.microbatches, cfg.runtime.schedule,
-      tuple(k.dense + k.moe for k in kinds), cfg.data.batch_size * length,
+      cfg, hw, attended or length, mesh.devices, plan.ranks, plan.microbatches,
+      cfg.runtime.schedule, tuple(k.dense + k.moe for k in kinds), cfg.data.batch_size * length,
       spent | {"bubble": statistics.fmean(found.bubble), "optimizer": sum(optimizer.values())},
       optimizer, formula.bubble, timing.by_class(blocks["moe"], hw), exchange, stages,
       dict(useful), again)
@@ -177,10 +186,10 @@ def _plan(name: str, ranks: int, microbatches: int) -> schedules.Schedule:
   return schedules.make("1f1b" if name == "none" else name, ranks, microbatches)
 
 
-def _blocks(cfg: config.Config, tokens: float, n: operations.Numerics, hw: Hardware
+def _blocks(cfg: config.Config, tokens: float, length: int, n: operations.Numerics, hw: Hardware
             ) -> dict[str, list[operations.Kernel]]:
   """Kernels of a dense layer, an MoE layer, the head and an MTP module's input."""
-  model, mesh, length = cfg.model, cfg.runtime.mesh, cfg.data.sequence_length
+  model, mesh = cfg.model, cfg.runtime.mesh
   devices = mesh.node * mesh.gpu
   arrive = communication.rows(model.moe, mesh).arrive if devices > 1 and (
       model.moe_layers + model.mtp_depth) else 0.0
@@ -214,15 +223,15 @@ def _stage(cfg: config.Config, kind: cut.Kind, blocks: dict[str, list[operations
   return Stage(seconds["F"], seconds["I"], seconds["W"], forward, backward)
 
 
-def _pair(ahead: Stage, back: Stage, overlap: float) -> float:
+def pair(ahead: Stage, back: Stage, hw: Hardware) -> float:
   """Seconds of one stage's forward beside another's backward."""
   compute = ahead.forward + back.inputs + back.weights
-  return max(compute, ahead.send_forward + back.send_backward) / overlap
+  return max(compute, ahead.send_forward + back.send_backward) / hw.shares.overlap
 
 
-def _seconds(stages: tuple[Stage, ...], overlap: float, op: Op) -> float:
+def _seconds(stages: tuple[Stage, ...], hw: Hardware, op: Op) -> float:
   if op.kind == "FB":
-    return _pair(stages[op.forward.stage], stages[op.backward.stage], overlap)
+    return pair(stages[op.forward.stage], stages[op.backward.stage], hw)
   return stages[(op.forward or op.backward).stage].seconds(op.kind)
 
 
