@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dsv3_jax import __version__
 from dsv3_jax.cli import (
     convert,
+    cost,
     evaluate,
     numerics,
     report,
@@ -35,7 +36,8 @@ __all__ = ["default_workdir", "load_config", "main", "parse_value", "run"]
 
 _COMMANDS = types.MappingProxyType({
     "train": train, "sweep": sweep, "watch": watch, "report": report, "eval": evaluate,
-    "numerics": numerics, "schedule": schedule, "tokenize": tokenize, "convert": convert})
+    "cost": cost, "numerics": numerics, "schedule": schedule, "tokenize": tokenize,
+    "convert": convert})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

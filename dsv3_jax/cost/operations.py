@@ -198,12 +198,13 @@ def _attention(a: config.Attention, tokens: float, length: int, n: Numerics, fus
   K, U, s = a.qk_dim, a.v_dim, n.activation
   qkv, o = tokens * a.heads * (2 * K + U) * s, tokens * a.heads * U * s
   yield Kernel("F", "attention_forward", "attention", 2.0 * keys * (K + U), qkv, o, n.plain)
-  # Five matmuls: the scores again, dp, dq, dk of K or U each, dv. Useful are those of F twice.
+  # Four matmuls, twice those of F; scores that were not kept are a fifth.
   yield Kernel("I", "attention_backward", "attention", 4.0 * keys * (K + U), qkv + 2 * o, qkv,
                n.plain)
-  yield Kernel("I", "attention_backward", "attention", 2.0 * keys * K, precision=n.plain,
-               recomputed=True)
-  if not fused:  # fp32 scores of all keys: written, softmax, read; and back
+  if fused:
+    yield Kernel("I", "attention_backward", "attention", 2.0 * keys * K, precision=n.plain,
+                 recomputed=True)
+  else:  # fp32 scores of all keys: written, softmax, read; and back
     scores = tokens * length * a.heads * 4.0
     yield Kernel("F", "stream", "attention", read=2 * scores, written=2 * scores)
     yield Kernel("I", "stream", "attention", read=4 * scores, written=3 * scores)
