@@ -4,9 +4,14 @@ The lists follow `model/` and `fp8/` line by line: without a recipe what differe
 (jax's partial evaluation), with one the residuals of the layers' own derivatives, and under a remat
 policy the names that it saves (`model/remat.py`). All numbers are bytes on one device.
 
-A layer that is not looped over (a stack of one, or `runtime.layer_unroll` 0) keeps as if remat were
-"none": `jax.checkpoint` runs there with prevent_cse=False, and XLA merges the recomputation with the
-first pass. XLA also finds attention's score tiles in both passes equal, and keeps them.
+Where a layer stands decides too:
+
+    loop      in a loop over a stack's layers: XLA for CPUs keeps bf16 residuals in fp32
+    straight  outside of one (a stack of one layer, or `runtime.layer_unroll` 0). `jax.checkpoint`
+              has prevent_cse=False, so XLA merges the recomputation with the first pass: remat has
+              no effect. On a CPU it finds attention's score tiles in both passes equal as well, and
+              under a recipe the dequantized operands, and keeps them.
+    stage     in a pipeline's stage: forward and backward are different branches
 """
 
 import functools
@@ -19,7 +24,7 @@ from dsv3_jax.fp8 import recipes
 from dsv3_jax.parallel.room import Room, room
 
 FP32 = 4
-_UNROLL = 10  # of pallas_kernels/xla/attention.py: tiles up to which the loop is unrolled
+UNROLL = 10  # of pallas_kernels/xla/attention.py: tiles up to which the loop is unrolled
 _BITS = {"e4m3": 8, "e5m2": 8, "e5m6": 12}
 
 
@@ -32,6 +37,7 @@ class Shape(NamedTuple):
     experts: e, routed experts of this device.
     arrived: Z, token rows that reach this device's experts; P where all experts are here.
     room: of dispatch's buffers; None where all experts are here.
+    cpu: whether XLA for CPUs compiles the step.
   """
 
   sequences: int
@@ -40,6 +46,7 @@ class Shape(NamedTuple):
   experts: int
   arrived: int
   room: Room | None
+  cpu: bool
 
   @property
   def tokens(self) -> int:
@@ -76,143 +83,163 @@ def block_rows(pairs: int, experts: int) -> int:
 
 
 @functools.cache
-def shape(cfg: config.Config, kernels: bool = False) -> Shape:
-  """Sizes of a layer on one device. `kernels`: FP8 kernels run, whose blocks have 128 rows."""
+def shape(cfg: config.Config, cpu: bool = True) -> Shape:
+  """Sizes of a layer on one device. Without `cpu` FP8 kernels run, whose blocks have 128 rows."""
   mesh, m = cfg.runtime.mesh, cfg.model.moe
   micro = cfg.data.microbatch or cfg.data.batch_size
   B, T = micro // mesh.batch_shards, cfg.data.sequence_length
   pairs, devices = B * T * m.active, mesh.node * mesh.gpu
   local = m.experts // devices
-  block = 128 if kernels and quantizes(cfg.runtime) else block_rows(pairs, local)
+  block = block_rows(pairs, local) if cpu or not quantizes(cfg.runtime) else 128
   if devices == 1:
-    return Shape(B, T, (pairs // block + min(local, pairs)) * block, local, B * T, None)
+    return Shape(B, T, (pairs // block + min(local, pairs)) * block, local, B * T, None, cpu)
   sizes = tuple(n for n in (mesh.node, mesh.gpu) if n > 1)
   form = cfg.runtime.dispatch.form
   form = "flat" if form == "two_hop" and len(sizes) == 1 else form
   limit = m.active_groups if m.groups % mesh.node == 0 else 0
   space = room(B * T, m.active, local, sizes, form, cfg.runtime.dispatch.factor, limit)
   rows = (space.pairs // block + min(local, space.pairs)) * block
-  return Shape(B, T, rows, local, space.arrived, space)
+  senders = sizes[-1] if form == "two_hop" else devices
+  arrived = senders * space.slots[-1] if space.slots[-1] else devices * B * T
+  return Shape(B, T, rows, local, arrived, space, cpu)
 
 
 def policy(runtime: config.Runtime, depth: int) -> str:
   """The remat policy that has an effect on a stack of so many layers; see the module docstring."""
-  if runtime.schedule == "none" and (depth == 1 or runtime.layer_unroll == 0
-                                     or runtime.layer_unroll >= depth):
-    return "none"
-  return runtime.remat
+  return runtime.remat if runtime.schedule != "none" or looped(runtime, depth) else "none"
 
 
-def layer(cfg: config.Config, s: Shape, moe: bool, remat: str) -> dict[str, int]:
-  """Bytes that one layer keeps for one micro-batch, by what they are; weights are not among them."""
-  item, D = itemsize(cfg.runtime), cfg.model.dim
+def looped(runtime: config.Runtime, depth: int) -> bool:
+  """Whether a stack of so many layers is looped over, where there is no pipeline."""
+  return depth > 1 and 0 < runtime.layer_unroll < depth
+
+
+class _Layer(NamedTuple):
+  """What the lists below read.
+
+  Attributes:
+    texts: the recipe's operands; None without a recipe, and where operands are kept dequantized.
+    item: bytes of a residual; wide: of a linear layer's input.
+    place, remat: see the module docstring.
+  """
+
+  cfg: config.Config
+  shape: Shape
+  texts: config.FP8 | None
+  item: int
+  wide: int
+  place: str
+  remat: str
+
+
+def layer(cfg: config.Config, s: Shape, moe: bool, remat: str, place: str = "loop"
+          ) -> dict[str, int]:
+  """Bytes that one layer keeps for one micro-batch, by what they are, without weights."""
+  item = FP32 if s.cpu and place == "loop" else itemsize(cfg.runtime)
   if remat == "layer":
-    return {"block input": s.tokens * D * item}
-  found = _attention(cfg, s, remat)
-  return found | (_moe(cfg, s, remat) if moe else _dense(cfg, s, remat))
+    return {"block input": s.tokens * cfg.model.dim * item}
+  texts = recipes.merged(cfg.runtime) if quantizes(cfg.runtime) else None
+  wide = item
+  if s.cpu and place == "straight":
+    texts, wide, item = None, FP32, FP32 if texts else item
+  of = _Layer(cfg, s, texts, item, wide, place, remat)
+  if moe:
+    return _attention(of) | _moe(of)
+  return _attention(of) | _swiglu(of, cfg.model.dense_ffn_dim, 2, "feed-forward")
 
 
 def _norm(item: int) -> int:
   """Bytes a value of RMSNorm's input: kept are it and two products, in bf16 also its fp32 copy."""
-  return 12 if item == 4 else 10
+  return 12 if item == FP32 else 10
 
 
-def _attention(cfg: config.Config, s: Shape, remat: str) -> dict[str, int]:
-  a, D, P, item = cfg.model.attention, cfg.model.dim, s.tokens, itemsize(cfg.runtime)
-  texts, quantized = recipes.merged(cfg.runtime), quantizes(cfg.runtime)
+def _attention(of: _Layer) -> dict[str, int]:
+  a, D, item, texts = of.cfg.model.attention, of.cfg.model.dim, of.item, of.texts
+  P = of.shape.tokens
   H, K, U, Q, C = a.heads, a.qk_dim, a.v_dim, a.q_rank, a.kv_rank
   gqa = a.kind == "gqa"
-  J = (a.kv_heads or H) if gqa else H
-  joined = quantized and texts.output_cache.startswith("e5m6")
-  cache = operand(texts.output_cache, P, H * U, item) if quantized else P * H * U * item
-  found = {"attention output": cache if joined else P * H * U * item,
-           "attention log-sum-exp": P * H * FP32}
-  if remat == "report":
+  joined = texts is not None and texts.output_cache.startswith("e5m6")
+  output = operand(texts.output_cache, P, H * U, item) if joined else P * H * U * item
+  found = {"attention output": output, "attention log-sum-exp": P * H * FP32}
+  if of.remat == "report":
     latents = 0 if gqa else (Q + C + a.rope_dim)
     return found | {"block input": P * D * item, "latents": P * latents * item,
                     "residual after attention": P * D * item}
   inputs = [(D, 3 if gqa else 2)] + ([] if gqa else [(Q, 1), (C, 1)])
-  found["linear inputs"] = sum(
-      operand(texts.fprop_x, P, n, item) if quantized else P * n * times * item
-      for n, times in inputs if n)
-  if not joined:  # the projection's own copy of its input
-    found["linear inputs"] += cache
+  if texts is None:
+    found["linear inputs"] = P * of.wide * (sum(n * times for n, times in inputs) + H * U)
+  else:  # quantized once for all that read it; the projection after attention has a copy of its own
+    found["linear inputs"] = sum(operand(texts.fprop_x, P, n, item) for n, _ in inputs if n) + (
+        0 if joined else operand(texts.output_cache, P, H * U, item))
   found["norms"] = P * _norm(item) * (2 * D + (0 if gqa else Q + C))
-  found["queries, keys, values"] = P * item * (H * K + J * (K + U))
+  found["queries, keys, values"] = P * item * H * (2 * K + U)  # of every head, repeated in gqa
   return found
 
 
-def _dense(cfg: config.Config, s: Shape, remat: str) -> dict[str, int]:
-  return _swiglu(cfg, s.tokens, cfg.model.dense_ffn_dim, remat, 2, "feed-forward")
-
-
-def _swiglu(cfg, P: int, F: int, remat: str, inputs: int, name: str) -> dict[str, int]:
+def _swiglu(of: _Layer, F: int, inputs: int, name: str) -> dict[str, int]:
   """A feed-forward that is not routed; `inputs`: copies of its input that are kept."""
-  D, item, texts = cfg.model.dim, itemsize(cfg.runtime), recipes.merged(cfg.runtime)
-  quantized = quantizes(cfg.runtime)
-  if quantized:
-    kept = 2 * operand(texts.swiglu_cache, P, F, item)
-    kept += operand(texts.fprop_x, P, D, item) if remat == "none" else 0
-  else:
-    kept = P * item * (2 * F if remat == "report" else 6 * F + inputs * D)
-  return {name: kept}
+  P, D, texts = of.shape.tokens, of.cfg.model.dim, of.texts
+  if texts is not None:
+    kept = 2 * operand(texts.swiglu_cache, P, F, of.item)
+    return {name: kept + (operand(texts.fprop_x, P, D, of.item) if of.remat == "none" else 0)}
+  if of.remat == "report":
+    return {name: P * of.item * 2 * F}
+  return {name: P * of.item * F * (5 if of.place == "straight" else 6) + P * of.wide * inputs * D}
 
 
-def _moe(cfg: config.Config, s: Shape, remat: str) -> dict[str, int]:
-  m, D, item, P, M = cfg.model.moe, cfg.model.dim, itemsize(cfg.runtime), s.tokens, s.rows
-  texts, quantized = recipes.merged(cfg.runtime), quantizes(cfg.runtime)
-  F, Z = m.ffn_dim, s.arrived
-  found = _swiglu(cfg, P, m.shared * F, remat, 1, "shared expert") if m.shared else {}
-  if quantized:
+def _moe(of: _Layer) -> dict[str, int]:
+  m, D, s, item, texts = of.cfg.model.moe, of.cfg.model.dim, of.shape, of.item, of.texts
+  F, M, P, Z = m.ffn_dim, s.rows, s.tokens, s.arrived
+  found = _swiglu(of, m.shared * F, 1, "shared expert") if m.shared else {}
+  if texts is not None:
     found["dispatched rows"] = operand(texts.dispatch_x, Z, D, item)
     found["routed experts"] = 2 * operand(texts.swiglu_cache, M, F, item)
   else:
-    found["dispatched rows"] = (M if s.room is None or remat == "none" else Z) * D * item
-    found["routed experts"] = M * item * (2 * F if remat == "report" else 7 * F)
-  if remat == "none":
-    found["router"] = P * (FP32 * 2 * m.experts + (FP32 * D if item == 2 else 0))
-  # Integers of the plan and gates: which pair stands in which row, and the reverse.
+    rows = Z if s.room is not None and of.remat == "report" else M
+    found["dispatched rows"] = rows * D * item
+    arrays_F = 2 if of.remat == "report" else 6 if of.place == "straight" else 7
+    found["routed experts"] = M * item * F * arrays_F
+  if of.remat == "none":
+    found["router"] = P * FP32 * (2 * m.experts + (D if itemsize(of.cfg.runtime) < FP32 else 0))
+  # Integers and gates: which pair stands in which row, and the reverse.
   plan = FP32 * M
-  if s.room is not None or remat == "none":
+  if s.room is not None or of.remat == "none":
     plan += FP32 * (2 * M + Z * 4 * m.active)
   return found | {"plan": plan}
 
 
-def stacked_weights(cfg: config.Config, s: Shape, moe: bool, remat: str) -> int:
-  """Bytes of one layer's weights that a loop over layers keeps for its backward pass.
+def copied(array: arrays.Array, cfg: config.Config, remat: str) -> bool:
+  """Whether a weight is kept for the backward pass as it is multiplied, and not as it lies.
 
-  Without remat the loop saves each layer's weights as they are multiplied: cast, and those of
-  attention and of the experts' joint projection rearranged.
+  Without remat those that are cast, and those of attention and of the experts' joint projection,
+  which are rearranged.
   """
-  if remat != "none":
-    return 0
-  runtime, item = cfg.runtime, itemsize(cfg.runtime)
-  total = 0
-  for name, dims in arrays.block(cfg.model, moe).items():
-    array = arrays.Array("", name, dims)
-    if not array.linear:
-      continue
-    size = arrays.in_use(array, runtime)
-    ffn = name.rpartition("_")[2] in ("DF", "FD", "EFD")
-    if quantizes(runtime):
-      total += size if recipes.merged(runtime).fprop_w[:2] == "e4" else size * item
-    elif item == 2 or not ffn:
-      total += size * item
-  return total
+  if not array.linear or remat != "none":
+    return False
+  return quantizes(cfg.runtime) or itemsize(cfg.runtime) < FP32 or array.letters not in (
+      "DF", "FD", "EFD", "DD")
+
+
+def tiles(cfg: config.Config, length: int) -> tuple[int, int]:
+  """Rows of a tile of blockwise attention, and number of tiles on and below the diagonal."""
+  size = min(cfg.runtime.attention_block or attention_block(length), length)
+  blocks = -(-length // size)
+  return size, blocks * (blocks + 1) // 2
 
 
 def scores(cfg: config.Config, s: Shape) -> int:
-  """Bytes of score tiles, and of blocks of q, k and v, that a layer outside a loop keeps."""
-  a, T = cfg.model.attention, s.length
-  size = cfg.runtime.attention_block or attention_block(T)
-  size = min(size, T)
-  blocks = -(-T // size)
-  tiles = blocks * (blocks + 1) // 2
-  if tiles > _UNROLL:
-    return 0
-  item = itemsize(cfg.runtime)
+  """Bytes that attention keeps in a layer outside a loop, on a CPU, besides its inputs.
+
+  Score tiles and blocks of q, k and v where tiles are unrolled; else transposed q, k and v, and
+  zeros where its loop adds up their gradients.
+  """
+  a, item = cfg.model.attention, itemsize(cfg.runtime)
+  size, count = tiles(cfg, s.length)
+  heads = s.tokens * a.heads * (2 * a.qk_dim + a.v_dim)
+  if count > UNROLL:
+    return heads * (item + FP32)
   tile = s.sequences * a.heads * size * size * (FP32 if item == 4 else FP32 + 2)
-  return tiles * tile + s.tokens * a.heads * (2 * a.qk_dim + a.v_dim) * item
+  return count * tile + heads * item
 
 
 def attention_block(length: int) -> int:
