@@ -6,12 +6,13 @@ Pictures are inline SVG in the page's colours (`plots.to_inline`).
 
 import html
 import re
+from collections.abc import Sequence
 from typing import Any
 
 
-def document(title: str, body: list[str]) -> str:
-  """A whole page: `title` as plain text, `body` as HTML."""
-  return _PAGE.format(title=escape(title), style=_CSS, body="\n".join(body))
+def document(title: str, body: list[str], style: str = "") -> str:
+  """A whole page: `title` as plain text, `body` as HTML, `style` as CSS that is added."""
+  return _PAGE.format(title=escape(title), style=_CSS + style, body="\n".join(body))
 
 
 def figure(title: str, picture: str, caption: str, wide: bool = False, below: str = "") -> str:
@@ -72,6 +73,12 @@ def duration(seconds: float) -> str:
   if hours:
     return f"{hours} h {minutes:02d} min"
   return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def some(values: Sequence[str], most: int = 6) -> str:
+  """A list in words, cut where it is long."""
+  rest = len(values) - most
+  return ", ".join([*values[:most], *([f"and {rest} more"] if rest > 0 else [])])
 
 
 # --- the page -------------------------------------------------------------------------------------

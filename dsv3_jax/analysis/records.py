@@ -28,6 +28,10 @@ from dsv3_jax.analysis.workdir import Run
 FORMAT = 1
 POINTS = 100  # of a curve, at most
 _EVALUATIONS = 24  # at most
+FIELDS = ("format", "id", "folder", "arm", "finished", "ended", "seed", "config", "commit",
+          "device", "versions", "corpus", "parameters", "activated_parameters", "flops_per_token",
+          "steps", "tokens", "seconds", "tokens_per_s", "final", "evaluations", "curve", "load_LE",
+          "rows", "notes")
 
 
 def record(workdir: str | Path) -> dict[str, Any]:
@@ -52,12 +56,11 @@ def record(workdir: str | Path) -> dict[str, Any]:
   notes = list(run.notes)
   arm = _arm(run, notes)
   config, made = _config(run.config, notes)
-  first = run.train[0] if run.train else {}
   last = run.train[-1] if run.train else {}
   summary = run.summary if run.finished else {}  # an older one may lie there
   sizes = _sizes(made, summary)
   load = [row["load_LE"] for row in run.loads if row.get("load_LE")]
-  return _plain({
+  return plain({
       "format": FORMAT, "id": _identity(config, made), "folder": run.workdir.resolve().name,
       "arm": arm, "finished": bool(summary), "ended": _ended(run),
       "seed": config.get("train", {}).get("seed"), "config": config,
@@ -66,7 +69,6 @@ def record(workdir: str | Path) -> dict[str, Any]:
       "corpus": _corpus(run), **sizes,
       "steps": last.get("step", 0), "tokens": last.get("tokens", 0),
       "seconds": _round(summary.get("wall_s") or _last(plots.timing(run, "elapsed_s")), 1),
-      "first_step_seconds": _round((first.get("time") or {}).get("elapsed_s"), 1),
       "tokens_per_s": _round(_median(plots.timing(run, "tokens_per_s")), 1),
       "final": _final(run, summary), "evaluations": _evaluations(run), "curve": _curve(run),
       "load_LE": [[_round(v, 3) for v in row] for row in load[-1]] if load else [],
@@ -97,7 +99,7 @@ def find(folder: str | Path, id: str) -> dict[str, Any] | None:
   `config.from_dict(found["config"])` with the config that is meant.
   """
   try:
-    return _read(Path(folder) / f"{id}.json")
+    return load(Path(folder) / f"{id}.json")
   except (OSError, ValueError):
     return None
 
@@ -112,7 +114,7 @@ def read(folder: str | Path, notes: list[str] | None = None) -> list[dict[str, A
   found = []
   for path in sorted(Path(folder).glob("*.json")):
     try:
-      values = _read(path)
+      values = load(path)
     except (OSError, ValueError) as error:
       if notes is not None:
         notes.append(f"{path} could not be read and is left out: {error}.")
@@ -121,20 +123,28 @@ def read(folder: str | Path, notes: list[str] | None = None) -> list[dict[str, A
   return found
 
 
-def dumps(values: dict[str, Any]) -> str:
-  """A record's JSON: one line a field, so that a repository's differences can be read."""
-  lines = (f" {json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in values.items())
-  return "{\n" + ",\n".join(lines) + "\n}\n"
+def load(path: str | Path) -> dict[str, Any] | None:
+  """The record in a file; None for JSON that is no record.
 
-
-def _read(path: Path) -> dict[str, Any] | None:
-  """None for JSON that is no record; ValueError where it is none that this version reads."""
-  values = json.loads(path.read_text(encoding="utf-8"))
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is no JSON, half of a record, or a record of another version.
+  """
+  values = json.loads(Path(path).read_text(encoding="utf-8"))
   if not isinstance(values, dict) or "curve" not in values or "id" not in values:
     return None
   if values.get("format") != FORMAT:
     raise ValueError(f"it has format {values.get('format')}, and {FORMAT} is read")
+  missing = [name for name in FIELDS if name not in values]
+  if missing:
+    raise ValueError(f"it lacks {', '.join(missing)}")
   return values
+
+
+def dumps(values: dict[str, Any]) -> str:
+  """A record's JSON: one line a field, so that a repository's differences can be read."""
+  lines = (f" {json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in values.items())
+  return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 # --- parts of a record --------------------------------------------------------------------------
@@ -273,10 +283,10 @@ def _round(value: Any, digits: int) -> Any:
   return round(value, digits) if isinstance(value, float) else value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
   """As JSON gives it back: tuples as lists, numbers that are not finite as None."""
   if isinstance(value, dict):
-    return {k: _plain(v) for k, v in value.items()}
+    return {k: plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
+    return [plain(v) for v in value]
   return None if isinstance(value, float) and not np.isfinite(value) else value

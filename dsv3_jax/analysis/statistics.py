@@ -13,6 +13,7 @@ from scipy import special
 
 SMOOTHING = 0.9  # of the report's loss curves (appendix B.1)
 LEVEL = 0.95  # of intervals
+_EXACT = 1e-12  # a standard error of differences below it is rounding: they are all one number
 
 
 def ema(values_N: np.ndarray, steps: int = 1, coefficient: float = SMOOTHING) -> np.ndarray:
@@ -75,7 +76,7 @@ def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Differenc
     return Difference(seeds, values, mean, None, None, None)
   error = deviation / np.sqrt(count)
   half = error * special.stdtrit(count - 1, (1 + LEVEL) / 2)
-  p = None if error == 0 else float(2 * special.stdtr(count - 1, -abs(mean) / error))
+  p = None if error < _EXACT else float(2 * special.stdtr(count - 1, -abs(mean) / error))
   return Difference(seeds, values, mean, float(mean - half), float(mean + half), p)
 
 

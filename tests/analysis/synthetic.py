@@ -72,21 +72,21 @@ def write(workdir: Path, steps: int = 700, eval_every: int = 100, layers: int = 
 
 
 def sweep(pool: Path, arms: dict, seeds: int = 3, steps: int = 40, name: str = "ablate-cpu",
-          question: str = "Does it help?", **kwargs) -> Path:
+          question: str = "Does it help?", jitter: float = 0.01, **kwargs) -> Path:
   """Fills a sweep's pool.
 
   Args:
-    arms: name -> (changes of the config, shift of all losses); every other seed adds to the shift.
+    arms: name -> (changes of the config, shift of all losses); `jitter` makes seeds differ.
   """
   plan = {"experiment": f"experiments/{name.partition('-')[0]}.py",
           "arg": name.partition("-")[2] or None, "question": question, "commit": "0123456789ab",
           "date": "2026-11-22 12:00:00", "arms": []}
   for seed in range(seeds):
-    for arm, (changes, shift) in arms.items():
+    for i, (arm, (changes, shift)) in enumerate(arms.items()):
       made = {**changes, "train.seed": seed}
       temporary = pool / "arms" / "new"
       write(temporary, steps=steps, eval_every=max(1, steps // 4), changes=made,
-            shift=shift + 0.05 * seed, **kwargs)
+            shift=shift + 0.05 * seed + jitter * math.sin(7 * i + 3 * seed), **kwargs)
       config = config_lib.from_json((temporary / "config.json").read_text())
       id = config_lib.fingerprint(config)
       folder = pool / "arms" / f"{arm.replace(' ', '-')}-s{seed}-{id}"

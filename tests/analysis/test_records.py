@@ -25,6 +25,7 @@ def test_numbers_are_those_of_the_files(run):
   rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
   train = [row for row in rows if row["kind"] == "train"]
   made = records.record(run)
+  assert set(records.FIELDS) <= made.keys()
   summary = json.loads((run / "summary.json").read_text())
   for key in ("parameters", "activated_parameters"):
     assert made[key] == {"parameters": 12624384, "activated_parameters": 7905792}[key]
@@ -70,7 +71,8 @@ def test_unfinished_runs_get_no_record(tmp_path):
   assert not (tmp_path / "records").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "\xff", '{"id": 1, "curve": {}, "format": 0}'])
+@pytest.mark.parametrize("content", ["{", "\xff", '{"id": 1, "curve": {}, "format": 0}',
+                                     '{"id": 1, "curve": {}, "format": 1}'])
 def test_unreadable_records_are_named(run, tmp_path, content):
   """Oracle: the file's name in the note; the others are read; JSON of something else is no matter.
   """
