@@ -1,8 +1,9 @@
 """The `dsv3` command: one file a subcommand.
 
 Each has SUMMARY, DESCRIPTION, EXAMPLES, `add_arguments(parser)` and `run(args) -> exit code`, and
-OVERRIDABLE where `--config.key=value` may follow. What a person types becomes a `Config` in
-configs.py, before jax is imported, so that a mistake costs no start-up time.
+OVERRIDABLE where `--config.key=value` may follow, FREE with the beginnings of other options that
+take any key. What a person types becomes a `Config` in configs.py, before jax is imported, so that
+a mistake costs no start-up time.
 
 Exit codes: 0 done; 2 bad input and 1 a run that cannot go on, both with a message that says what to
 do; 130 or 143 interrupted by SIGINT or SIGTERM (training saves a checkpoint first). Anything
@@ -54,6 +55,8 @@ def run(argv: Sequence[str]) -> int:
   parser = _parser()
   _refuse_misspelt(parser, argv)
   args, rest = parser.parse_known_args(argv)
+  args.options = [word for word in rest if word.startswith(args.free)]
+  rest = [word for word in rest if not word.startswith(args.free)]
   if rest and not (args.overridable and rest[0].startswith(OVERRIDE)):
     args.parser.error(f"unknown argument {rest[0]!r}")
   try:
@@ -112,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"examples:\n{module.EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     command.set_defaults(run=module.run, parser=command,
-                         overridable=getattr(module, "OVERRIDABLE", False))
+                         overridable=getattr(module, "OVERRIDABLE", False),
+                         free=getattr(module, "FREE", ()))
     module.add_arguments(command)
   return parser
 
@@ -129,7 +133,8 @@ def _refuse_misspelt(parser: argparse.ArgumentParser, argv: Sequence[str]) -> No
   parser = commands[argv[0]]
   for word in argv[1:]:
     name = word.partition("=")[0]
-    overrides = parser.get_default("overridable") and word.startswith(OVERRIDE)
+    overrides = word.startswith((
+        *parser.get_default("free"), *[OVERRIDE] * parser.get_default("overridable")))
     if word.startswith("--") and name not in parser._option_string_actions and not overrides:
       parser.error(f"unknown argument {word!r}{_nearest(name, parser._option_string_actions)}")
 

@@ -3,7 +3,8 @@
 An arm's time is its tokens at some speed, and what comes on top: starting, compiling, evaluating.
 Both are measured on finished arms of the pool, and before there are any on a few steps of the first
 one. POOL/calibration.json keeps them by machine and shape (what a step computes); an arm of another
-shape is taken to do as many FLOPs a second.
+shape is taken to do as many FLOPs a second. Where nothing was measured the cost model's word counts
+(dsv3_jax.cost, which the command line brings along).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import json
 import platform
 import socket
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsv3_jax import config as config_lib
@@ -40,6 +41,7 @@ def machine(jobs: int = 1) -> str:
   except (OSError, StopIteration):
     pass
   gpus = len(local.gpus())
+  jobs = jobs or 1
   return (f"{name} x {max(len(local.cores()) // jobs, 1)}" +
           (f", {max(gpus // jobs, 1)} GPUs" if gpus else ""))
 
@@ -58,17 +60,21 @@ class Estimator:
 
   Args:
     pool: where calibration.json is.
-    jobs: arms at once.
-    price: dollars an hour of one GPU, or of one core where there is none; 0: not said.
+    jobs: arms at once; 0: all.
+    price: dollars an hour of one device (a core where there are no others); 0: not said.
+    model: seconds of a config by a model of costs; None where there is none.
+    where: for which devices the model speaks.
+    here: whether the arms run on this machine, so that what was measured on it counts.
   """
 
-  def __init__(self, pool: Pool, jobs: int = 1, price: float = 0.0):
-    self.price = price
-    self._path, self._machine = pool.folder / "calibration.json", machine(jobs)
+  def __init__(self, pool: Pool, jobs: int = 1, price: float = 0.0,
+               model: Callable[[Config], float] | None = None, where: str = "", here: bool = True):
+    self.price, self._jobs, self._model, self._where, self._here = price, jobs, model, where, here
     self._speeds: dict[str, list[Speed]] = {}
-    for key, value in self._read().get(self._machine, {}).items():
-      self._speeds[key] = [Speed(**value)]
     self._finished: set[str] = set()  # shapes whose speeds are of whole arms
+    self._path, self._machine = pool.folder / "calibration.json", machine(jobs)
+    for key, value in self._read().get(self._machine, {}).items() if here else ():
+      self._speeds[key] = [Speed(**value)]
 
   def _read(self) -> dict[str, Any]:
     try:
@@ -84,7 +90,8 @@ class Estimator:
   def learn(self, config: Config, progress: Progress) -> None:
     """Takes the speed of an arm that finished here; it replaces a calibration of its shape."""
     seconds = progress.arm.get("seconds")
-    if not progress.tokens_per_s or not seconds or progress.arm.get("host") != socket.gethostname():
+    there = progress.arm.get("host") == socket.gethostname()
+    if not (self._here and there and progress.tokens_per_s and seconds):
       return
     key = shape(config)
     if key not in self._finished:
@@ -101,11 +108,11 @@ class Estimator:
     self._speeds[shape(config)] = [speed]
 
   def seconds(self, config: Config) -> float | None:
-    """Of a whole arm; None where no speed is known."""
+    """Of a whole arm; None where nothing is known."""
     same = self._speeds.get(shape(config))
     every = [s for speeds in self._speeds.values() for s in speeds]
     if not every:
-      return None
+      return self._model(config) if self._model else None
     overhead = statistics.median(s.overhead_s for s in same or every)
     if same:
       rate = statistics.median(s.tokens_per_s for s in same)
@@ -113,20 +120,25 @@ class Estimator:
       rate = statistics.median(s.tokens_per_s * s.flops_per_token for s in every) / _flops(config)
     return config.train.tokens / rate + overhead
 
-  def describe(self, arms: Sequence[Config], jobs: int) -> str:
+  def describe(self, arms: Sequence[Config]) -> str:
     """What all these arms will take, for a person."""
     each = [self.seconds(config) for config in arms]
-    if not each or None in each:
-      return f"{len(arms)} arms; how long they take is not known"
-    text = f"{len(arms)} arms of {span(each)}"
+    if not arms or None in each:
+      return ""
+    at_once = min(self._jobs or len(arms), len(arms))
+    text = f"about {span(each)} each"
     if len(arms) > 1:
-      text += f", in all about {duration(max(sum(each) / jobs, max(each)))}"
-      text += f" with {jobs} at once" if jobs > 1 else ""
-    gpus = len(local.gpus())
-    what, count = ("GPU", gpus) if gpus else ("core", len(local.cores()))
-    hours = sum(each) / 3600 * max(count // jobs, 1)
-    text += f"; {hours:.2g} {what}-hours"
-    return text + (f", ${hours * self.price:,.2f} at ${self.price:g} an hour" if self.price else "")
+      text += f", in all {duration(max(sum(each) / at_once, max(each)))}"
+      text += f" with {at_once} at once" if at_once > 1 else " one after another"
+    hours, what = 0.0, "core"
+    for config, seconds in zip(arms, each, strict=True):
+      count = max(len(local.cores()) // at_once, 1)
+      if local.gpus() or not self._here:
+        count, what = config.runtime.mesh.devices, "device"
+      hours += count * seconds / 3600
+    text += f": {hours:,.3g} {what}-hours"
+    text += f", ${hours * self.price:,.2f} at ${self.price:g} an hour" if self.price else ""
+    return f"{text} ({'measured here' if self.known else f'cost model, {self._where}'})"
 
   def remaining(self, arms: Sequence[tuple[Config, Progress]], jobs: int) -> float | None:
     """Seconds until all these arms are done, `jobs` at once; None where nothing is known."""
@@ -141,7 +153,7 @@ class Estimator:
       if left is None:
         return None
       work.append(left)
-    return max(max(work, default=0.0), sum(work) / jobs) if work else None
+    return max(max(work), sum(work) / (jobs or len(work))) if work else None
 
 
 def duration(seconds: float | None) -> str:

@@ -67,6 +67,17 @@ class Job:
       with contextlib.suppress(ProcessLookupError):
         self._child.send_signal(number)
 
+  def interrupt(self) -> None:
+    """Within a signal's handler while `run` waits: stops the training, waits until it has saved,
+    and notes that the arm goes on later. `run` must not go on afterwards."""
+    if self._child is None:
+      return
+    self.stop()
+    with contextlib.suppress(ChildProcessError):  # Popen.wait holds its lock below this handler
+      os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+    if self.first:
+      pool.write_arm(self.folder, state="waiting", ended=pool.now())
+
   def run(self) -> int:
     """Runs to the end; returns the training's exit code, or BUSY."""
     if not self.first:
@@ -103,6 +114,7 @@ class Job:
       self._child = subprocess.Popen(
           self._argv or command(self.folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
           env=environment() | visible, pass_fds=() if claimed is None else (claimed,),
+          start_new_session=True,  # a signal to the group of processes would reach it twice
           preexec_fn=self._begin)
     try:
       if self._signal:  # came in between

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ class _Run:
       self.ui.note(str(error))
       return
     todo = [r.arm.config for r in self.rows if r.progress.state not in OVER]
-    self.ui.note(self.estimator.describe(todo, self.launcher.jobs))
+    self.ui.note(f"{len(todo)} arms to do, {self.estimator.describe(todo)}")
 
   def loop(self, signals: _Signals, poll_s: float) -> None:
     """Starts and follows arms until none is left that could run."""
@@ -229,7 +229,7 @@ class _Run:
 
   def look(self) -> None:
     """Reads the arms' files, and keeps the records of those that are done."""
-    own = set(self.launcher.running)
+    own = set(getattr(self.launcher, "running", ()))
     for row in self.rows:
       if row.progress.state not in OVER:
         row.progress = row.follower.read()
@@ -303,12 +303,12 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
         ui: Any = None, estimator: estimate.Estimator | None = None, records: str | None = None,
         rerun: str = "", drop_checkpoints: bool = False, calibrate: bool = True,
         poll_s: float = 0.5) -> Outcome:
-  """Runs what is not finished, and returns when nothing is left to run or a signal came.
+  """Runs what is not finished here, and returns when nothing is left to run or a signal came.
 
   Args:
     sweep: its arms.
     pool: its folder.
-    launcher: `local.Local`, or one with its `jobs`, `running`, `start`, `poll` and `stop`.
+    launcher: `local.Local`.
     found: of `rows`; looked up where None.
     ui: `table.Lines` or `table.Live`; that of the terminal where None.
     estimator: for the remaining time.
@@ -322,24 +322,61 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
     SweepError: the text of the arms cannot be had, the disk is full, an arm to be repeated runs.
   """
   found = rows(sweep, pool, records) if found is None else found
-  ui = ui or table.terminal()
-  going = _Run(pool, found, launcher, ui, estimator or estimate.Estimator(pool), records,
-               drop_checkpoints)
+  going = _Run(pool, found, launcher, ui or table.terminal(),
+               estimator or estimate.Estimator(pool), records, drop_checkpoints)
   signals = _Signals(launcher)
   try:
-    with signals:
-      for row in again(found, rerun):
-        _repeat(row, pool, anew=rerun != "failed")
-      for row in found:
-        if row.progress.state == "done":
-          going.estimator.learn(row.arm.config, row.progress)
-      pool.write_plan(sweep, host.commit())
+    with _whole(pool, going.ui), signals:
+      _begin(sweep, going, rerun)
       going.prepare(calibrate)
       signals.running = True
       going.loop(signals, poll_s)
   except KeyboardInterrupt:
     if not signals.received:
       raise
+  if going.full:
+    raise SweepError(going.full)
+  return Outcome(found, signals.received)
+
+
+def submit(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None, *,
+           ui: Any = None, records: str | None = None, rerun: str = "",
+           drop_checkpoints: bool = False) -> Outcome:
+  """Hands what is neither finished nor queued to a cluster, and returns.
+
+  Called again it does the same with what has failed to run since, and keeps the records of what is
+  done. Arguments and errors as `run`'s, with `slurm.Slurm` or `ray_jobs.Ray` as the launcher.
+  """
+  found = rows(sweep, pool, records) if found is None else found
+  going = _Run(pool, found, launcher, ui or table.terminal(), estimate.Estimator(pool), records,
+               drop_checkpoints)
+  with _whole(pool, going.ui):
+    _begin(sweep, going, rerun)
+    going.look()
+    going.prepare(False)
+    chosen = []
+    for row in found:
+      job_id, state = row.progress.arm.get("job"), row.progress.state
+      known = job_id and row.progress.arm.get("launcher") == launcher.name
+      if state in OVER or state in RUNNING or (known and launcher.alive(job_id)):
+        continue
+      chosen.append(row)
+    for row, job_id in zip(chosen, launcher.submit([r.folder for r in chosen]) if chosen else (),
+                           strict=True):
+      if (held := pool_lib.claim(row.folder)) is not None:  # otherwise it runs already
+        if pool_lib.read_arm(row.folder).get("state") == "waiting":
+          pool_lib.write_arm(row.folder, launcher=launcher.name, job=job_id)
+        os.close(held)
+      row.progress = row.follower.read()
+    going.ui.note(f"{len(chosen)} jobs submitted" if chosen else "nothing to submit")
+  return Outcome(found, None)
+
+
+@contextlib.contextmanager
+def _whole(pool: Pool, ui: Any) -> Iterator[None]:
+  """Closes the table in any case; says what to do about a full disk."""
+  try:
+    yield
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
@@ -347,9 +384,16 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
                      "goes on") from error
   finally:
     ui.close()
-  if going.full:
-    raise SweepError(going.full)
-  return Outcome(found, signals.received)
+
+
+def _begin(sweep: Sweep, going: _Run, rerun: str) -> None:
+  """Makes those arms wait that are to be repeated, and writes the plan."""
+  for row in again(going.rows, rerun):
+    _repeat(row, going.pool, anew=rerun != "failed")
+  for row in going.rows:
+    if row.progress.state == "done":
+      going.estimator.learn(row.arm.config, row.progress)
+  going.pool.write_plan(sweep, host.commit())
 
 
 def _repeat(row: Row, pool: Pool, anew: bool) -> None:
@@ -357,7 +401,7 @@ def _repeat(row: Row, pool: Pool, anew: bool) -> None:
   if anew:
     pool.replace(row.arm)
   elif (held := pool_lib.claim(row.folder)) is not None:
-    pool_lib.write_arm(row.folder, state="waiting", error=None, exit_code=None)
+    pool_lib.write_arm(row.folder, state="waiting", error=None, exit_code=None, job=None)
     os.close(held)
   row.folder, row.recorded, row.stale = pool.arm(row.arm), False, False
   row.follower = Follower(row.folder)
