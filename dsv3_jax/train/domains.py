@@ -47,6 +47,12 @@ def collect(runs: Sequence[Trained], names: Sequence[str] = (),
       for name, spec in own]
 
 
+def layer_names(model: config_lib.Model) -> list[str]:
+  """Names of the MoE layers, in the order of their counts."""
+  return [*(f"layer {i}" for i in range(model.dense_layers, model.layers)),
+          *(f"MTP {i + 1}" for i in range(model.mtp_depth))]
+
+
 def measure(run: Trained, domains: Sequence[Domain], tokens: int = TOKENS, ema: bool = False,
             say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
   """One run on each domain.
@@ -64,14 +70,13 @@ def measure(run: Trained, domains: Sequence[Domain], tokens: int = TOKENS, ema: 
     {"workdir", "step", "ema", "id" (of the config), "experts", "active", "layers" (names of the
     MoE layers, L in all), "domains": {name: {"documents", "held_out", "tokens", "bytes", "loss",
     "mtp_loss", "bits_per_byte", "accuracy"}}, "counts": {name: fp32 [batches, L, E]}}
+    documents: that the text was taken from.
 
   Raises:
-    ConfigError: no MoE layer, or less text in a domain than one sequence.
+    ConfigError: less text in a domain than one sequence.
   """
   cfg, tokenizer = run.config, run.corpus.tokenizer
   model, length = cfg.model, cfg.data.sequence_length
-  layers = [f"layer {i}" for i in range(model.dense_layers, model.layers)]
-  layers += [f"MTP {i + 1}" for i in range(model.mtp_depth)]
   rows = cfg.data.microbatch or cfg.data.batch_size
   if tokens:
     rows = max(1, min(rows, tokens // (BATCHES * length)))
@@ -89,13 +94,12 @@ def measure(run: Trained, domains: Sequence[Domain], tokens: int = TOKENS, ema: 
   made: dict[str, Any] = {
       "workdir": run.workdir, "step": run.meta["step"], "ema": ema,
       "id": config_lib.fingerprint(cfg), "experts": model.moe.experts, "active": model.moe.active,
-      "layers": layers, "domains": {}, "counts": {}}
+      "layers": layer_names(model), "domains": {}, "counts": {}}
   for domain in domains:
     say(domain.name)
     size = sum(evaluate.target_bytes(b, tokenizer.token_bytes_V) for b in batches[domain.name])
     found = evaluate.evaluate(sums, params, buffers, batches[domain.name], size, each=True)
-    if not found["counts_LE"].size:
-      raise ConfigError(f"{run.workdir}: the model has no MoE layer, so no expert load")
+    assert len(found["counts_LE"]) == len(made["layers"])
     made["counts"][domain.name] = found["batch_counts"]
     made["domains"][domain.name] = {
         "documents": len(domain.documents), "held_out": domain.held_out,

@@ -6,7 +6,6 @@ the tokenizer and compares with compressors.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,12 +41,9 @@ def find(workdir: str, step: int | None = None) -> Trained:
     step: which checkpoint; the newest where None.
 
   Raises:
-    ConfigError: no workdir, or its text is no longer what the run was trained on.
+    ConfigError: its text is no longer what the run was trained on.
     CheckpointError: there is no such checkpoint.
   """
-  if not os.path.isdir(os.path.join(workdir, "checkpoints")):
-    why = "holds no checkpoints/" if os.path.isdir(workdir) else "is not a folder"
-    raise config.ConfigError(f"{workdir} {why}; give the workdir of a run")
   meta = checkpoint.load_meta(workdir, step)
   cfg = config.from_dict(meta["config"])
   corpus = pipeline.prepare(cfg.data, cfg.model.vocab_size, workdir)

@@ -392,3 +392,13 @@ def test_bad_input_ends_in_one_clear_error(corpus, folder, tmp_path, tokenizer):
   state = corpus().train_iterator(constant).get_state()
   with pytest.raises(ValueError, match="micro-batch has 4 sequences, this run's 2; set data.micro"):
     corpus(microbatch=2).train_iterator(constant).set_state(state)
+
+
+def test_what_was_trained_on(corpus, texts):
+  """Oracle: the validation text itself."""
+  made = corpus()
+  hashes = np.array([shards.content_hash(t.encode()) for t in texts], np.uint64)
+  seen = made.trained_on(hashes)
+  text = made.validation_text().decode()
+  assert [t in text for t in texts] == (~seen).tolist() and 0 < seen.sum() < len(texts)
+  assert not made.trained_on(np.array([12345], np.uint64))[0]
