@@ -150,9 +150,7 @@ def estimate(cfg: config.Config, hw: Hardware, attended: int = 0) -> Estimate:
   n = operations.numerics(cfg.runtime)
   length = cfg.data.sequence_length
   tokens = micro * length / mesh.batch_shards
-  blocks = _blocks(cfg, tokens, attended or length, n, hw)
-  exchange = communication.exchanges(model, cfg.runtime, tokens, n, hw)
-  stages = tuple(_stage(cfg, kind, blocks, exchange, tokens, n, hw) for kind in kinds)
+  blocks, exchange, stages = _stages(cfg, kinds, tokens, attended or length, n, hw)
   found = simulate.run(plan, functools.partial(_seconds, stages, hw),
                        communication.hop(model, tokens, n, mesh, hw))
   spent = dict.fromkeys(("1F", "1B", "1W", "1F1B"), 0.0)
@@ -178,6 +176,24 @@ def estimate(cfg: config.Config, hw: Hardware, attended: int = 0) -> Estimate:
       spent | {"bubble": statistics.fmean(found.bubble), "optimizer": sum(optimizer.values())},
       optimizer, formula.bubble, timing.by_class(blocks["moe"], hw), exchange, stages,
       dict(useful), again)
+
+
+def stages(cfg: config.Config, kinds: tuple[cut.Kind, ...], hw: Hardware) -> tuple[Stage, ...]:
+  """The stages' times for one micro-batch alone; errors as `estimate`'s.
+
+  They bound a step from below without a simulation: no rank is done before its own work is.
+  """
+  micro, length = cfg.data.microbatch or cfg.data.batch_size, cfg.data.sequence_length
+  tokens = micro * length / cfg.runtime.mesh.batch_shards
+  return _stages(cfg, kinds, tokens, length, operations.numerics(cfg.runtime), hw)[2]
+
+
+def _stages(cfg, kinds, tokens, attended, n, hw):
+  """Kernels of blocks, all-to-alls, and the stages' times."""
+  blocks = _blocks(cfg, tokens, attended, n, hw)
+  exchange = communication.exchanges(cfg.model, cfg.runtime, tokens, n, hw)
+  return blocks, exchange, tuple(_stage(cfg, kind, blocks, exchange, tokens, n, hw)
+                                 for kind in kinds)
 
 
 @functools.lru_cache(maxsize=64)
