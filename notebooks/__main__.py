@@ -32,7 +32,6 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-MODES = ("static", "fast")  # of DSV3_NOTEBOOK; "live" where it is not set
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 # Compiles in a fraction of the time; the programs are small and run once.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -62,6 +61,13 @@ def source(name: str) -> nbformat.NotebookNode:
   return notebook
 
 
+def script(notebook: nbformat.NotebookNode) -> str:
+  """The text of its .py, as jupytext writes it."""
+  bare = nbformat.v4.new_notebook(cells=notebook.cells, metadata={"jupytext": {
+      "notebook_metadata_filter": "-all", "cell_metadata_filter": "tags,-all"}})
+  return jupytext.writes(bare, fmt="py:percent")
+
+
 def committed(name: str) -> nbformat.NotebookNode:
   """NAME.ipynb."""
   return nbformat.read(HERE / f"{name}.ipynb", as_version=4)
@@ -84,7 +90,7 @@ def execute(notebook: nbformat.NotebookNode, mode: str, timeout: float = 600, fl
 
   Args:
     notebook: of `source`; changed in place and returned.
-    mode: static: the whole of it, pictures in place of sliders; fast: in seconds.
+    mode: live: with sliders; static: pictures in their place; fast: small as well.
     timeout: seconds that a cell may take.
     flags: XLA_FLAGS of the kernel.
 
@@ -102,11 +108,16 @@ def execute(notebook: nbformat.NotebookNode, mode: str, timeout: float = 600, fl
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
-  """What a cell printed, and the text form of what it showed where that has no other."""
-  texts = [o.text if o.output_type == "stream" else o.data["text/plain"] for o in cell.outputs
-           if o.output_type == "stream" and o.name == "stdout"
-           or o.output_type in ("execute_result", "display_data")
-           and set(o.data) == {"text/plain"}]
+  """What a cell printed, and what it showed in Markdown or as nothing but text."""
+  texts = []
+  for output in cell.outputs:
+    if output.output_type == "stream" and output.name == "stdout":
+      texts.append(output.text)
+    elif output.output_type in ("execute_result", "display_data"):
+      if "text/markdown" in output.data:
+        texts.append(output.data["text/markdown"])
+      elif set(output.data) == {"text/plain"}:
+        texts.append(output.data["text/plain"])
   return "\n".join(texts)
 
 
@@ -119,12 +130,10 @@ def smaller(png: str) -> str:
 
 
 def refresh(name: str) -> None:
-  """Executes a notebook and writes its .ipynb; its .py gets the repository's address."""
-  script = HERE / f"{name}.py"
-  text = script.read_text(encoding="utf-8")
-  stamped = _ADDRESS.sub(rf"\1/{address()}", text)
-  if stamped != text:
-    script.write_text(stamped, encoding="utf-8")
+  """Executes a notebook and writes its .ipynb; its .py gets jupytext's form and our address."""
+  path = HERE / f"{name}.py"
+  text = _ADDRESS.sub(rf"\1/{address()}", path.read_text(encoding="utf-8"))
+  path.write_text(script(jupytext.reads(text, fmt="py:percent")), encoding="utf-8")
   notebook = execute(source(name), "static")
   for cell in notebook.cells:
     if cell.cell_type == "code":
