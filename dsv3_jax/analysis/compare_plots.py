@@ -65,7 +65,7 @@ def forest(c: Comparison) -> Figure | None:
   axes.set_ylim(len(names) - 0.4, -0.6)
   axes.tick_params(axis="y", length=0, labelcolor=plots.TEXT)
   axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
-  _labels(axes, f"{METRICS[c.metric].short}, less {_cut(c.baseline)}'s", "")
+  _labels(axes, wrap(f"{METRICS[c.metric].short}, less {_cut(c.baseline)}'s", 44), "")
   return figure
 
 
@@ -79,7 +79,7 @@ def loss_difference(c: Comparison) -> Figure | None:
   """Smoothed training loss less the baseline's, seed by seed, over tokens."""
   base = c.arm(c.baseline)
   curves = {arm.name: curves_lib.difference(arm, base) for arm in c.shown if arm != base}
-  return _over_tokens(c, curves, f"training loss, less {_cut(c.baseline)}'s", zero=True)
+  return _over_tokens(c, curves, wrap(f"training loss, less {_cut(c.baseline)}'s", 34), zero=True)
 
 
 def validation(c: Comparison) -> Figure | None:

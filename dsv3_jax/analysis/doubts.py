@@ -232,9 +232,11 @@ def _keys(c: Comparison) -> list[str]:
 
 
 def _several(c: Comparison, of: Callable[[dict[str, Any]], str]) -> dict[str, list[str]]:
-  """Value -> the runs that have it, in words."""
+  """Value -> the finished runs that have it, in words; a run says the rest when it ends."""
   found: dict[str, dict[str, list[int]]] = {}
   for arm, f in _runs(c):
+    if not f.record["finished"]:
+      continue
     found.setdefault(of(f.record), {}).setdefault(arm.name, []).append(f.seed)
   return {value: [f"{name} (seed {_listed(seeds)})" for name, seeds in by_arm.items()]
           for value, by_arm in found.items()}
