@@ -20,8 +20,9 @@ DESCRIPTION = (
     "schedule, recipe and remat are the config's (runtime.mesh, runtime.pipeline, ...); --gpus=N\n"
     "changes the number of data-parallel parts.\n\n"
     "The time is a prediction from data sheets and published measurements of single kernels\n"
-    "(dsv3_jax/cost/hardware.py says which); no whole step was fitted. For the report's model the\n"
-    "report's numbers stand beside ours, with the error and its reasons.\n\n"
+    "(dsv3_jax/cost/hardware.py says which); no whole step was fitted. Launches of kernels are not\n"
+    "counted: models of a few million parameters come out too fast on a GPU. For the report's\n"
+    "model the report's numbers stand beside ours, with the error and its reasons.\n\n"
     "--hardware: h800, h100, h200, b200, v5p, ironwood; cpu, measured here in 0.2 s; or a JSON\n"
     "file with the fields of dsv3_jax/cost/hardware.py, all or those that differ from a \"base\":\n"
     "  {\"base\": \"h100\", \"name\": \"ours\", \"slow\": 25e9, \"price\": 1.8}\n\n"
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
   if args.gpus is not None:
     cfg = cluster.on(cfg, args.gpus)
   texts = _texts(args.what_if)
+  for text in texts:
+    whatif.apply(text, hw)  # complains now, not after the rest
   if args.plot:
     from dsv3_jax.analysis import schedule_plot
 
@@ -154,7 +157,7 @@ def _content(args: argparse.Namespace, cfg: Config, found: Any, texts: tuple[str
       "report": [dataclasses.asdict(r) | {"error": r.error, "within": r.within} for r in rows]}
 
 
-def _scaling(cfg: Config, hw: Any) -> list[dict[str, float]]:
+def _scaling(cfg: Config, hw: Any) -> list[dict[str, Any]]:
   """Pre-training on a quarter to four times as many devices, where that can run."""
   from dsv3_jax.cost import budget, cluster
 
@@ -165,7 +168,8 @@ def _scaling(cfg: Config, hw: Any) -> list[dict[str, float]]:
       phase = budget.pretraining(cluster.on(cfg, int(devices)), hw)
     except ValueError:
       continue
-    points.append({"devices": devices, "gpu_hours": phase.gpu_hours, "days": phase.seconds / 86400})
+    points.append({"devices": devices, "gpu_hours": phase.gpu_hours, "seconds": phase.seconds,
+                   "time": duration(phase.seconds)})
   return points
 
 
@@ -278,12 +282,19 @@ def _step(console: "Console", c: dict[str, Any]) -> None:
   rows.append(("step", duration(c["step_s"]), ""))
   mfu, rate = c["mfu"], c["flops_per_second_per_device"]
   day = 86400 / c["step_s"] * c["tokens_per_step"]
+  formula, bubble = c["pipeline"]["formula_bubble_s"], c["breakdown_s"]["bubble"]
+  idle = ""
+  if c["pipeline"]["ranks"] > 1:
+    idle = f" Table 2's bubble, for equal stages: {duration(formula)}."
+    if bubble > 1.5 * formula:
+      idle += (" The stages are far from equal (the last one has MTP and the heads): "
+               "runtime.pipeline.layers can shift layers.")
   _table(console, f"A step of {c['tokens_per_step']:,} tokens, mean over pipeline ranks",
          ("", "time", "share"), rows,
          f"{c['tokens_per_second_per_device']:,.0f} tokens/s a device, {day:,.4g} tokens a day in "
          f"all. Causal {size(rate['causal'], 'FLOP/s')}, MFU {mfu['causal']:.2%}; non-causal "
          f"{size(rate['noncausal'], 'FLOP/s')}, {mfu['noncausal']:.2%} (without MTP, as the report "
-         f"counts; {mfu['causal_with_mtp']:.2%} causal with it).")
+         f"counts; {mfu['causal_with_mtp']:.2%} causal with it).{idle}")
 
 
 def _budget(console: "Console", c: dict[str, Any]) -> None:

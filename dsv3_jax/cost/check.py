@@ -98,8 +98,8 @@ def _step(found: step.Estimate) -> list[Row]:
           "as the trace's pair; routing taken as balanced; waiting for other ranks inside a pair "
           "is bubble here"),
       Row("bubble", "s", 2.06, parts["bubble"], 0.4,
-          "the rank with MTP and both heads sets the pace and the others wait; the stages' real "
-          "layers are not published"),
+          "the rank with MTP and both heads sets the pace and the others wait; the stages' layers "
+          "are not published, and others give 2.4 to 4.5 s"),
       Row("1F1B and bubble", "s", 16.01, parts["1F1B"] + parts["bubble"], 0.1,
           "where waiting is counted no longer matters"),
       Row("optimizer", "s", 0.29, parts["optimizer"], 0.3,

@@ -55,7 +55,7 @@ class Estimate:
     breakdown: "1F", "1B", "1W", "1F1B", "bubble", "optimizer": mean seconds over ranks; they add up
       to the step.
     optimizer: its parts: "reduce", "gather", "update".
-    formula_bubble: table 2's, from the mean stage.
+    formula_bubble: table 2's, from the mean stage; 0 where W is longer than it is made for.
     compute: seconds of one MoE layer's kernels by class.
     exchange: one MoE layer's all-to-alls.
     stages: their times.
@@ -174,7 +174,7 @@ def estimate(cfg: config.Config, hw: Hardware, attended: int = 0) -> Estimate:
       cfg, hw, attended or length, mesh.devices, plan.ranks, plan.microbatches,
       cfg.runtime.schedule, tuple(k.dense + k.moe for k in kinds), cfg.data.batch_size * length,
       spent | {"bubble": statistics.fmean(found.bubble), "optimizer": sum(optimizer.values())},
-      optimizer, formula.bubble, timing.by_class(blocks["moe"], hw), exchange, stages,
+      optimizer, max(formula.bubble, 0.0), timing.by_class(blocks["moe"], hw), exchange, stages,
       dict(useful), again)
 
 

@@ -1,0 +1,112 @@
+"""Rows and bytes between devices."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from dsv3_jax import config
+from dsv3_jax.config import ConfigError, Dispatch, Mesh, MoE, Runtime
+from dsv3_jax.cost import communication, operations
+from dsv3_jax.cost.communication import Group
+from dsv3_jax.cost.hardware import HARDWARE
+
+H800 = HARDWARE["h800"]
+
+
+def enumerated(moe, nodes, gpus):
+  """Mean rows of a token over all its routings and all places it may lie on, one by one."""
+  per_group, per_device = moe.experts // moe.groups, moe.experts // (nodes * gpus)
+  slow = fast = arrive = flat_slow = flat_fast = count = 0
+  for kept in itertools.combinations(range(moe.groups), moe.active_groups):
+    allowed = [e for e in range(moe.experts) if e // per_group in kept]
+    for chosen in itertools.combinations(allowed, moe.active):
+      devices = {e // per_device for e in chosen}
+      for home in range(nodes * gpus):
+        node, place = divmod(home, gpus)
+        count += 1
+        arrive += len(devices)
+        slow += len({d // gpus for d in devices} - {node})
+        # Handed on within each node by the device with the token's own place there.
+        fast += sum(d % gpus != place for d in devices)
+        flat_slow += sum(d // gpus != node for d in devices)
+        flat_fast += sum(d // gpus == node and d != home for d in devices)
+  return [x / count for x in (slow, fast, arrive, flat_slow, flat_fast)]
+
+
+@pytest.mark.parametrize("experts,active,groups,limit,nodes,gpus", [
+    (8, 3, 4, 2, 2, 2), (8, 2, 4, 2, 4, 2), (12, 3, 3, 2, 3, 2), (8, 2, 1, 1, 2, 4),
+    (8, 4, 2, 1, 2, 1)])
+def test_rows_against_enumeration(experts, active, groups, limit, nodes, gpus):
+  """Oracle: every routing that group-limited top-k can give, counted one by one."""
+  moe = MoE(experts=experts, active=active, groups=groups, active_groups=limit, group_top=1)
+  slow, fast, arrive, flat_slow, flat_fast = enumerated(moe, nodes, gpus)
+  mesh = Mesh(node=nodes, gpu=gpus)
+  assert dataclasses.astuple(communication.rows(moe, mesh)) == pytest.approx((slow, fast, arrive))
+  found = communication.rows(moe, mesh, "flat")
+  assert dataclasses.astuple(found) == pytest.approx((flat_slow, flat_fast, arrive))
+
+
+def test_rows_of_the_report():
+  """Oracle: the report: at most 4 nodes a token, two of three experts' rows stay in a node."""
+  found = communication.rows(config.preset("v3_671b").moe, Mesh(node=8, gpu=8))
+  assert 3.0 < found.slow < 4 * 7 / 8
+  # As long as NVLink is 3.2 times as fast as InfiniBand, its hop hides behind the other.
+  assert found.fast / found.slow < 3.2
+
+
+def exchange(hw=H800, dispatch=None, mesh=None, tokens=4096, recipe="v3"):
+  runtime = Runtime(compute_dtype="bfloat16", recipe=recipe, mesh=mesh or Mesh(node=8, gpu=8),
+                    dispatch=dispatch or Dispatch(transport="ragged"))
+  return communication.exchanges(config.preset("v3_671b"), runtime, tokens,
+                                 operations.numerics(runtime), hw)
+
+
+def test_time_of_the_report_s_kernels():
+  """Oracle: DeepEP at 64 ranks, 4096 tokens: 46 and 45 GB/s of rows to nodes, its own included."""
+  found = exchange()
+  rows = communication.rows(config.preset("v3_671b").moe, Mesh(node=8, gpu=8))
+  sent = 4096 * 7168 * rows.slow * 8 / 7
+  assert found["dispatch"].seconds == pytest.approx(sent * 1.008 / 46e9, rel=0.02)
+  assert found["combine"].seconds == pytest.approx(sent * 2 / 45e9, rel=0.03)
+  assert found["combine_back"] == found["dispatch"]
+  assert found["dispatch_back"] == found["combine"]
+
+
+def test_links_and_tokens():
+  """Law: twice the link, half the time; twice the tokens, twice the bytes; bf16 rows are twice."""
+  whole, bf16 = exchange(), exchange(recipe="bf16")
+  quick = exchange(dataclasses.replace(H800, slow=2 * H800.slow, fast=2 * H800.fast))
+  many = exchange(tokens=8192)
+  for name in whole:
+    assert quick[name].seconds == pytest.approx(whole[name].seconds / 2)
+    assert many[name].slow == pytest.approx(2 * whole[name].slow)
+    assert many[name].fast == pytest.approx(2 * whole[name].fast)
+  assert bf16["dispatch"].slow / whole["dispatch"].slow == pytest.approx(2 / (1 + 1 / 128))
+  assert bf16["combine"].slow == whole["combine"].slow
+
+
+def test_what_does_not_travel():
+  """Law: one device sends nothing; one domain has no slow traffic; padding counts."""
+  assert all(e.seconds == 0 for e in exchange(mesh=Mesh()).values())
+  assert all(e.slow == 0 and e.seconds > 0 for e in exchange(mesh=Mesh(gpu=8)).values())
+  wide = exchange(dataclasses.replace(H800, fast_devices=72))
+  assert all(e.slow == 0 and e.seconds > 0 for e in wide.values())
+  padded = exchange(dispatch=Dispatch(factor=1.5))
+  assert padded["combine"].slow == pytest.approx(1.5 * exchange()["combine"].slow)
+
+
+def test_no_such_link():
+  """Oracle: the message names the link and what to do."""
+  with pytest.raises(ConfigError, match=r"no slow link .*choose another --hardware"):
+    exchange(dataclasses.replace(H800, slow=0.0))
+
+
+def test_rings():
+  """Oracle: the ring's own count of bytes: each sends (n - 1) / n; a node's slow links share."""
+  gb = 1e9
+  assert communication.ring(gb, Group(1, 1), H800) == 0
+  assert communication.ring(gb, Group(4, 1), H800) == pytest.approx(0.75 * gb / 40e9)
+  assert communication.ring(gb, Group(8, 8), H800) == pytest.approx(0.875 * gb / 160e9)
+  slow = dataclasses.replace(H800, slow=5e9)  # 8 of them: 32 GB/s reached, less than NVLink
+  assert communication.ring(gb, Group(16, 8), slow) == pytest.approx(gb * 15 / 16 / 32e9)
