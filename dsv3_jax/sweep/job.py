@@ -59,6 +59,7 @@ class Job:
     self._argv, self._cores, self._devices = argv, tuple(cores), devices
     self._child: subprocess.Popen | None = None
     self._signal = 0
+    self._began = self._before = 0.0
 
   def stop(self, number: int = signal.SIGTERM) -> None:
     """Asks the training to save and end; the second time it ends at once."""
@@ -76,7 +77,7 @@ class Job:
     with contextlib.suppress(ChildProcessError):  # Popen.wait holds its lock below this handler
       os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
     if self.first:
-      pool.write_arm(self.folder, state="waiting", ended=pool.now())
+      pool.write_arm(self.folder, state="waiting", ended=pool.now(), seconds=self._seconds())
 
   def run(self) -> int:
     """Runs to the end; returns the training's exit code, or BUSY."""
@@ -86,7 +87,8 @@ class Job:
     if claimed is None:
       return BUSY
     try:
-      began, before = time.monotonic(), pool.read_arm(self.folder)
+      before = pool.read_arm(self.folder)
+      self._began, self._before = time.monotonic(), before.get("seconds", 0.0)
       if before.get("state") == "done":  # by another sweep, since this start was decided
         return 0
       pool.write_arm(self.folder, state="running", pid=os.getpid(), host=socket.gethostname(),
@@ -96,13 +98,16 @@ class Job:
       log = self.folder / pool.OUTPUT
       begin = log.stat().st_size if log.exists() else 0
       code = self.train(claimed)
-      seconds = before.get("seconds", 0.0) + time.monotonic() - began
       state, error = self._outcome(code, begin)
       pool.write_arm(self.folder, state=state, exit_code=code, error=error, ended=pool.now(),
-                     seconds=round(seconds, 1))
+                     seconds=self._seconds())
       return code
     finally:
       os.close(claimed)
+
+  def _seconds(self) -> float:
+    """Of this start and those before."""
+    return round(self._before + time.monotonic() - self._began, 1)
 
   def train(self, claimed: int | None = None) -> int:
     """Runs the training process alone; it inherits the open file of a claim."""

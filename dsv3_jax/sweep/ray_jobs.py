@@ -6,6 +6,7 @@ node sees them under the same path.
 
 import contextlib
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Sequence
@@ -53,9 +54,7 @@ class Ray:
     """Queues arms; returns their jobs' names."""
     names = []
     for folder in folders:
-      before = pool.read_arm(folder).get("job") or ""
-      number = int(before.rpartition(".")[2]) + 1 if before.rpartition(".")[2].isdigit() else 1
-      name = f"dsv3-{folder.name}.{number}"  # Ray takes a name once
+      name = f"dsv3-{folder.name}-{secrets.token_hex(3)}"  # Ray takes a name once
       argv = [sys.executable, "-m", "dsv3_jax.sweep.job", str(folder), "--note=launcher=ray",
               f"--note=job={name}"]
       argv += ["--", *self._command(folder)] if self._command else []

@@ -86,6 +86,9 @@ class Slurm:
     cluster: "slurm", or one of submitit's others: "local", "debug".
     command: what trains an arm; `job.command` where None.
 
+  Attributes:
+    submitted: submitit's objects of the jobs.
+
   Raises:
     ConfigError: submitit is not installed, there is no sbatch here, an option is not right.
   """
@@ -105,6 +108,7 @@ class Slurm:
     import submitit
 
     self._command, self._cluster, self.jobs = command, cluster, jobs
+    self.submitted: list[Any] = []
     more = {"slurm_max_num_timeout": _REQUEUES} if cluster == "slurm" else {}
     self._executor = submitit.AutoExecutor(folder=pool_folder / "submitit", cluster=cluster, **more)
     try:
@@ -130,6 +134,7 @@ class Slurm:
           made.append(self._executor.submit(task))
     except Exception as error:  # submitit has many kinds, of sbatch's refusals among others
       raise pool.SweepError(f"SLURM did not take the jobs: {error}") from error
+    self.submitted += made
     return [str(j.job_id) for j in made]
 
   def alive(self, number: str) -> bool:
