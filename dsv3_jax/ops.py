@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import cudnn_attention, reference, scaled, vma
+from pallas_kernels import cudnn_attention, latent_cache, reference, scaled, vma
 from pallas_kernels.mosaic import adapters as mosaic
 from pallas_kernels.scaled import Scaled
 from pallas_kernels.xla import attention as xla_attention
@@ -283,3 +283,20 @@ def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, sca
       "xla": lambda: xla_mla_decode.mla_decode(*args, **kwargs),
       "reference": lambda: reference.mla_decode(*args, **kwargs),
   }, auto=("pallas", "xla"))
+
+
+def mla_record_words(kv_rank: int, rope_dim: int) -> int:
+  """int32 words of a token's record in a latent cache of 8-bit codes.
+
+  Raises:
+    ValueError: records hold 512 + 64 numbers.
+  """
+  if (kv_rank, rope_dim) != (latent_cache.CODES, latent_cache.HALVES):
+    raise ValueError(f"records of 8-bit codes hold {latent_cache.CODES} + {latent_cache.HALVES} "
+                     f"numbers a token, not {kv_rank} + {rope_dim}; keep the cache in bfloat16")
+  return latent_cache.WORDS
+
+
+def mla_record(latent: jax.Array, rope: jax.Array) -> jax.Array:
+  """Latents [..., 512] and rotary keys [..., 64] as records int32 [..., 164] for `mla_decode`."""
+  return latent_cache.encode_record(latent, rope)
