@@ -1,12 +1,17 @@
 """Runs on the real data pipeline, and what the command line makes of their workdirs."""
 
+import hashlib
 import json
 import shutil
+import sysconfig
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dsv3_jax import cli, train
 from dsv3_jax import config as config_lib
+from dsv3_jax.data import shards, units
 from dsv3_jax.train import metrics
 from tests.data.conftest import make_text
 from tests.train import fakes, runs
@@ -88,3 +93,75 @@ def test_eval_refuses_what_it_cannot_compare(config, finished, tmp_path, capsys)
   other = tmp_path / "other.txt"
   other.write_text(make_text(1000, 3000), encoding="utf-8")
   assert "the files of data.sources" in refuse("data.sources", (str(other),))
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+  """A standard library of modules and one table, without tests."""
+  root = tmp_path / "lib"
+  root.mkdir()
+  for i in range(6):
+    (root / f"m{i}.py").write_text(f'"""{make_text(90 + i, 60)}"""\n' + "x = def_of(12345)\n" * 40)
+  (root / "table.py").write_text("t = [" + "1, 'a', " * 200 + "]\n")
+  monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(root)})
+
+
+def test_eval_by_domain(config, finished, library, tmp_path, capsys):
+  """Oracle: the whole path: files of the run's own corpus are known as trained on or held out."""
+  out = tmp_path / "out"
+  words = ["eval", str(finished), "--domains", f"--domain=mine={config.data.sources[0]}",
+           "--tokens=600", f"--out={out}", "--layers=MTP 1"]
+  assert cli.run(words) == 0
+  printed = capsys.readouterr()
+  assert "tests: skipped, this Python's library has no such files" in printed.err
+  assert printed.out.splitlines()[-1] == str(out / "domains.html")
+  made = json.loads((out / "domains.json").read_text())
+  assert made["domains"] == ["code", "docstrings", "tables", "mine"]
+  run = made["runs"][0]
+  assert run["id"] == config_lib.fingerprint(config) and run["layers"] == ["layer 0", "MTP 1"]
+  for name, facts in run["domains"].items():
+    assert name in printed.out and 500 < facts["tokens"] < 600 and 3 < facts["loss"] < 7, name
+    assert np.mean(run["load"][name]) == pytest.approx(1, abs=1e-3)
+  held = [run["domains"][name]["held_out"] for name in made["domains"]]
+  texts = [f.read_bytes() for f in sorted(
+      Path(config.data.sources[0]).glob("*.txt"),
+      key=lambda f: hashlib.sha256(f.name.encode()).digest())][:run["domains"]["mine"]["documents"]]
+  kept = units.held_out([shards.content_hash(text) for text in texts], 0.2)
+  sizes = np.array([len(text) for text in texts])
+  assert held == [1, 1, 1, pytest.approx(sizes[kept].sum() / sizes.sum())] and 0 < kept.sum() < 60
+  assert "mine (" in printed.out and "trained on" in printed.out
+  assert ">MTP 1: " in (out / "domains_layers.svg").read_text()
+  assert "layer 0: " not in (out / "domains_layers.svg").read_text()
+
+  joined = ["eval", str(out / "domains.json"), str(out / "domains.json")]
+  assert cli.run([*joined, f"--out={tmp_path / 'two'}"]) == 0
+  capsys.readouterr()
+  assert len(json.loads((tmp_path / "two" / "domains.json").read_text())["runs"]) == 2
+
+
+@pytest.mark.parametrize("words,named", [
+    (["RUN", "--domains=docstring"], "did you mean 'docstrings'?"),
+    (["--domains", "RUN"], "give the workdir of a run, before --domains"),
+    (["RUN", "--domains="], "names no domain"),
+    (["RUN", "--domain=poems"], "--domain=poems: write NAME=PATH"),
+    (["RUN", "--domains", "--domain=code=x"], "two domains are called 'code'"),
+    (["RUN", "--domain=mine=EMPTY"], "--domain=mine=EMPTY: the folder 'EMPTY' has no files"),
+    (["RUN", "--domain=mine=SHORT"], "domain 'mine' has too little text: "),
+    (["RUN", "--domains", "--layers=9"], "'9' is no MoE layer of the run; there are layer 0"),
+    (["RUN", "--domains", "--batches=2"], "--tokens says how much"),
+    (["RUN", "--domains", "--tokens=-1"], "--tokens=-1 must not be negative"),
+    (["RUN", "RUN"], "add --domains"), (["RUN", "RUN", "--domains"], "--out=DIR"),
+    (["RUN", "--tokens=5"], "--tokens goes with --domains"),
+    (["SHORT", "--out=x"], "no domains.json of this version"),
+    (["SHORT", "--domains"], "was measured already"),
+])
+def test_mistakes_with_domains(finished, library, tmp_path, capsys, words, named):
+  """Oracle: exit code 2 and the words that help."""
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "short.txt").write_text("short")
+  for name, path in (("RUN", finished), ("EMPTY", tmp_path / "empty"),
+                     ("SHORT", tmp_path / "short.txt")):
+    words = [word.replace(name, str(path)) for word in words]
+    named = named.replace(name, str(path))
+  assert cli.run(["eval", *words]) == 2
+  assert named in capsys.readouterr().err
