@@ -25,21 +25,31 @@ from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel.schedules.simulate import peak_activations
 
 
-@functools.lru_cache(maxsize=256)
 def plan(name: str, ranks: int, microbatches: int
-         ) -> tuple[schedules.Schedule, dict[str, int], tuple[int, ...]]:
-  """A schedule, the slots of its buffers, and the most micro-batches alive on each rank.
+         ) -> tuple[schedules.Schedule, tuple[int, ...]]:
+  """A schedule of at most so many micro-batches, and the most that are alive on each rank.
 
-  Neither grows with the number of micro-batches once the pipeline is full, but for gpipe.
+  These, and the slots of its buffers, do not grow with the number of micro-batches once the
+  pipeline is full, but for gpipe; so that a schedule of few micro-batches is enough.
 
   Raises:
     ValueError: there is no such order.
   """
   few = microbatches if name == "gpipe" else min(microbatches, 4 * ranks + microbatches % 2)
-  schedules.make(name, ranks, few)
-  made = schedules.make(name, ranks, few)
-  slots = made.ticks(not name.startswith("dualpipe")).tables().slots
-  return made, slots, tuple(peak_activations(order) for order in made.orders)
+  return _plan(name, ranks, few)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(name, ranks, microbatches):
+  made = schedules.make(name, ranks, microbatches)
+  return made, tuple(peak_activations(order) for order in made.orders)
+
+
+@functools.lru_cache(maxsize=64)
+def slots(name: str, ranks: int, microbatches: int) -> dict[str, int]:
+  """Buffer -> slots of a rank (`parallel/schedules/tables.py`)."""
+  made, _ = plan(name, ranks, microbatches)
+  return made.ticks(not name.startswith("dualpipe")).tables().slots
 
 
 def ranks(cfg: config.Config, state: dict[str, int], cpu: bool
@@ -53,29 +63,31 @@ def ranks(cfg: config.Config, state: dict[str, int], cpu: bool
   """
   micros = cfg.data.batch_size // (cfg.data.microbatch or cfg.data.batch_size)
   mesh, s = cfg.runtime.mesh, kept.shape(cfg, cpu)
-  schedule, slots, peaks = plan(cfg.runtime.schedule, mesh.pipe, micros)
+  schedule, peaks = plan(cfg.runtime.schedule, mesh.pipe, micros)
+  room = slots(cfg.runtime.schedule, mesh.pipe, micros)
   kinds = cut(cfg.model, schedule.stages, cfg.runtime.pipeline.layers or None)
   largest = {"dense": max(k.dense for k in kinds), "moe": max(k.moe for k in kinds)}
   rows = {stack: n * schedule.chunks for stack, n in largest.items()}
-  parts, residuals = _parts(cfg, s, kinds, rows, slots, max(slots["i"], slots["w"]))
+  parts, residuals = _parts(cfg, s, kinds, rows, room, max(room["i"], room["w"]))
   found = []
   for rank in range(schedule.ranks):
     own = [kinds[stage] for route in schedule.routes for stage, (r, _) in enumerate(route)
            if r == rank]
     layers = {"dense": sum(k.dense for k in own), "moe": sum(k.moe for k in own)}
-    fills, _ = _parts(cfg, s, own, layers, slots, peaks[rank], share=True)
+    fills, _ = _parts(cfg, s, own, layers, room, peaks[rank], share=True)
     found.append((state | parts, "tick", residuals, sum((state | fills).values())))
   return found, max(peaks)
 
 
 def _parts(cfg: config.Config, s: Shape, kinds: Sequence[Kind], rows: dict[str, int],
-           slots: dict[str, int], in_flight: int, share: bool = False
+           room: dict[str, int], in_flight: int, share: bool = False
            ) -> tuple[dict[str, int], dict[str, int]]:
   """Components besides the state, and residuals of one micro-batch in one stage.
 
   Args:
     kinds: of the stages that room is made for.
     rows: layers of each stack whose weights and sums are held.
+    room: slots of the schedule's buffers.
     in_flight: micro-batches alive.
     share: the stages' own mean in place of the union of all types.
   """
@@ -91,10 +103,10 @@ def _parts(cfg: config.Config, s: Shape, kinds: Sequence[Kind], rows: dict[str, 
   home = sum(arrays.in_use(a, runtime) * a.depth // (
       runtime.mesh.pipe if arrays.zero_shards(a, runtime) % runtime.mesh.pipe == 0 else 1)
              for a in own if a.stack in rows)
-  passing = (slots["x"] + slots["g"] + 2) * s.tokens * model.dim * item
+  passing = (room["x"] + room["g"] + 2) * s.tokens * model.dim * item
   # One slot more: what an op reads is taken out of its slot in front of the branches.
   activations = ((in_flight + 1) * sum(residuals.values()) + passing
-                 + (slots["c"] + (slots["c"] > 0)) * _crossing(cfg, s, kinds))
+                 + (room["c"] + (room["c"] > 0)) * _crossing(cfg, s, kinds))
   return {"compute weights": weights, "gradients": FP32 * (sum(own.values()) + home),
           "activations": activations, "working set": _working(cfg, s, kinds),
           "all-to-all buffers": 2 * work.exchange(cfg, s), "compiler": 0}, residuals

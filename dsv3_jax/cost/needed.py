@@ -1,0 +1,98 @@
+"""The least memory that a plan needs, whoever runs it: for `plan.py`, which compares plans.
+
+`memory.py` counts what this code's one program for all ranks holds. A plan needs less. Here a rank
+holds only what its own stages keep; weights in the form in which they multiply, and not collected
+masters besides; dispatched rows as many as the router sends in the mean, not as many as fixed
+buffers have room for. Residuals, remat and the schedule's micro-batches in flight are the same.
+"""
+
+import collections
+from collections.abc import Sequence
+
+from dsv3_jax import config
+from dsv3_jax.cost import arrays, kept, memory, pipe, work
+from dsv3_jax.cost.kept import FP32, Shape
+from dsv3_jax.fp8 import recipes
+from dsv3_jax.model.cut import Kind, cut
+from dsv3_jax.parallel import odds
+
+
+def shape(cfg: config.Config) -> Shape:
+  """As `kept.shape` on a GPU, with the mean number of rows that arrive, in whole blocks."""
+  s, mesh, m = kept.shape(cfg, False), cfg.runtime.mesh, cfg.model.moe
+  devices = mesh.node * mesh.gpu
+  block = 128 if kept.quantizes(cfg.runtime) else 64
+  rows = -(-(s.tokens * m.active + s.experts * block // 2) // block) * block
+  if devices == 1:
+    return s._replace(rows=rows, arrived=s.tokens)
+  groups = (m.groups, m.active_groups) if m.groups % mesh.node == 0 else (1, 1)
+  return s._replace(rows=rows, arrived=round(
+      s.tokens * odds.expected_units(m.experts, m.active, *groups, devices)))
+
+
+def estimate(cfg: config.Config) -> memory.Memory:
+  """Needed memory of a step on each rank.
+
+  Raises:
+    ValueError: the schedule has no order for the ranks and micro-batches, or the layers do not fit
+      the stages.
+  """
+  model, mesh = cfg.model, cfg.runtime.mesh
+  state, s = memory.state_bytes(cfg), shape(cfg)
+  if cfg.runtime.schedule == "none":
+    stages, peaks = [[Kind(model.dense_layers, model.moe_layers, True)]], (1,)
+    firsts = [True]
+  else:
+    micros = cfg.data.batch_size // (cfg.data.microbatch or cfg.data.batch_size)
+    schedule, peaks = pipe.plan(cfg.runtime.schedule, mesh.pipe, micros)
+    kinds = cut(model, schedule.stages, cfg.runtime.pipeline.layers or None)
+    own = [[stage for route in schedule.routes for stage, (r, _) in enumerate(route) if r == rank]
+           for rank in range(schedule.ranks)]
+    stages = [[kinds[stage] for stage in of] for of in own]
+    firsts = [0 in of for of in own]
+  alike: dict[tuple, memory.Rank] = {}
+  ranks = []
+  for key in zip(map(tuple, stages), firsts, peaks, strict=True):
+    if key not in alike:
+      parts, residuals = _rank(cfg, s, *key)
+      parts = {name: int((state | parts).get(name, 0)) for name in memory.COMPONENTS}
+      alike[key] = memory.Rank(parts, "tick", residuals, sum(parts.values()))
+    ranks.append(alike[key])
+  host = FP32 * sum(a.size for a in arrays.parameters(model)) if cfg.optim.ema_decay else 0
+  return memory.Memory(tuple(ranks), host, max(peaks))
+
+
+def _rank(cfg: config.Config, s: Shape, kinds: Sequence[Kind], first: bool, in_flight: int
+          ) -> tuple[dict[str, int], dict[str, int]]:
+  """Components besides the state, and the mean residuals of a micro-batch in one of the stages."""
+  runtime, model, item = cfg.runtime, cfg.model, kept.itemsize(cfg.runtime)
+  last = any(k.last for k in kinds)
+  layers = {"dense": sum(k.dense for k in kinds), "moe": sum(k.moe for k in kinds),
+            "mtp": model.mtp_depth * last, "embedding_VD": first, "head_DV": last,
+            "final_norm_D": last}
+  fp8 = kept.quantizes(runtime) and recipes.merged(runtime).fprop_w.startswith("e")
+  weights = values = 0
+  for a in arrays.parameters(model):
+    n = arrays.in_use(a, runtime) * layers[a.stack]
+    values += n
+    # FP8 in both forms, a byte each; in fp32 without ZeRO-1 the masters themselves multiply.
+    weights += n * (2 if fp8 and a.linear else item if item < FP32 or runtime.zero else 0)
+  totals: collections.Counter = collections.Counter()
+  for k in kinds:
+    for moe, n in ((False, k.dense), (True, k.moe + model.mtp_depth * k.last)):
+      if n:
+        totals.update({name: n * size for name, size in
+                       kept.layer(cfg, s, moe, runtime.remat, "stage").items()})
+    if k.last:
+      totals.update({"last stage": sum(work.ends(cfg, s).values())})
+  residuals = {name: round(n / len(kinds)) for name, n in totals.items()}
+  moe = bool(layers["moe"] + layers["mtp"])
+  working = work.backward(cfg, s, "moe" if moe else "dense", True)
+  if runtime.schedule.startswith("dualpipe"):  # beside a forward
+    working *= 2
+  if last:
+    working = max(working, sum(work.head(cfg, s)))
+  exchange = 2 * s.arrived * model.dim * (item + (1 if fp8 else item)) if s.room and moe else 0
+  return {"compute weights": weights, "gradients": FP32 * values,
+          "activations": in_flight * sum(residuals.values()), "working set": working,
+          "all-to-all buffers": exchange}, residuals
