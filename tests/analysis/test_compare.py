@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -151,6 +152,33 @@ def test_sweeps_of_other_dates_are_joined(pool, tmp_path):
   twice = [note for note in c.notes if "more than once" in note]
   assert len(twice) == 3 and str(later) in twice[0].split("counts")[0]  # the newest of the two
   assert _found(c, "seeds").level == doubts.WARN
+
+
+def test_of_two_the_newest_finished_one_counts(tmp_path):
+  """Oracle: times set by hand, whatever the order; a newer one that is not finished does not."""
+  for name, shift, minute in (("new", 0.5, 2), ("old", 0.0, 1), ("going", 0.9, 3)):
+    folder = synthetic.write(tmp_path / name / "arms" / "a-s0-1", steps=4, shift=shift)
+    (folder / "arm.json").write_text("{}")
+    if name == "going":
+      (folder / "summary.json").unlink()
+    os.utime(folder / "metrics.jsonl", (60 * minute,) * 2)
+  for order in (("new", "old", "going"), ("going", "old", "new")):
+    c = compare.make(gather.collect([tmp_path / name for name in order]))
+    assert [a.values("loss") for a in c.arms] == [{0: 3.6}]
+    assert len([note for note in c.notes if "does not" in note]) == 2
+
+
+def test_unfinished_runs_of_an_arm_do_not_count(copy):
+  """Oracle: mean of the two that finished; the third is named; with none finished all are shown."""
+  pool, arm = copy
+  (arm("none", 1) / "summary.json").unlink()
+  c = compare.make(gather.collect([pool]))
+  assert list(c.arm("none").runs) == [0, 2] and list(c.arm("none").unfinished) == [1]
+  assert c.differences["none"].seeds == (0, 2)
+  for seed in (0, 2):
+    (arm("none", seed) / "summary.json").unlink()
+  c = compare.make(gather.collect([pool]))
+  assert list(c.arm("none").runs) == [0, 1, 2] and "none" not in c.differences | c.ranks
 
 
 @pytest.mark.parametrize("options, words", [

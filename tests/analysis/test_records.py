@@ -56,7 +56,7 @@ def test_written_record_comes_back(run, tmp_path):
   assert config.from_dict(found["config"]) == cfg
   assert records.find(path.parent, "0" * 16) is None
   assert records.read(tmp_path / "absent") == []
-  assert str(tmp_path) not in path.read_text()  # nothing of this machine
+  assert str(run.parent) not in path.read_text()  # nothing of this machine
 
 
 def test_unfinished_runs_get_no_record(tmp_path):
