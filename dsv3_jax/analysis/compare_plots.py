@@ -105,7 +105,7 @@ def wall_time(c: Comparison) -> Figure | None:
   for arm in c.shown:
     found, seconds = curves_lib.curve(arm, "loss"), curves_lib.curve(arm, "seconds")
     if found is not None and seconds is not None:
-      curves[arm.name] = (seconds[1], *found[1:])
+      curves[arm.name] = (np.interp(found[0], *seconds[:2]), *found[1:])
   return _against(c, curves, "wall-clock time", ((7200, "h"), (120, "min"), (0, "s")),
                   {"h": 3600, "min": 60, "s": 1})
 

@@ -47,7 +47,8 @@ _CURVES = (
           "FLOPs of the model's matmuls and causal attention, forward and backward, MTP "
           "included."),
     _Plot("wall_time", "Training loss against wall time", compare_plots.wall_time,
-          "Depends on the machine, and on what else ran on it."),
+          "Compilation and evaluations included. Depends on the machine, and on what else ran on "
+          "it."),
     _Plot("max_vio", "Balance over time", compare_plots.max_violation,
           "How far the busiest expert of the worst layer is above its share, over a training "
           "batch; 0 is balanced. Smoothed like the loss."),

@@ -161,7 +161,11 @@ def test_runs_that_have_nothing_yet(tmp_path):
   rows = [json.loads(line) | {"loss": None, "max_vio": None} for line in
           (nan / "metrics.jsonl").read_text().splitlines()]
   (nan / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  for sources in ([quiet, dead, nan], [dead], [nan]):
+  late = synthetic.write(tmp_path / "late", steps=6, eval_every=3, changes={"optim.lr": 3e-4})
+  rows = [json.loads(line) for line in (late / "metrics.jsonl").read_text().splitlines()]
+  rows[0]["loss"] = rows[0]["max_vio"] = None
+  (late / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  for sources in ([quiet, dead, nan, late], [dead], [nan]):
     c = compare.make(gather.collect(sources))
     pages.read(compare_report.write(c, tmp_path / "out"))
 
