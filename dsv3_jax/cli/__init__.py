@@ -24,6 +24,7 @@ from dsv3_jax.cli import (
     cost,
     evaluate,
     numerics,
+    plan,
     report,
     schedule,
     sweep,
@@ -37,7 +38,7 @@ __all__ = ["default_workdir", "load_config", "main", "parse_value", "run"]
 
 _COMMANDS = types.MappingProxyType({
     "train": train, "sweep": sweep, "watch": watch, "report": report, "eval": evaluate,
-    "cost": cost, "numerics": numerics, "schedule": schedule, "tokenize": tokenize,
+    "cost": cost, "plan": plan, "numerics": numerics, "schedule": schedule, "tokenize": tokenize,
     "convert": convert})
 
 

@@ -69,11 +69,21 @@ def operand(text: str, rows: int, columns: int, item: int) -> int:
   return codes + scales * (1 if words[2] == "pow2" else 4)
 
 
+def operands(runtime: config.Runtime) -> config.FP8:
+  """The recipe's operands as texts, overrides applied (`fp8/recipes.merged`)."""
+  return _operands(runtime.recipe, runtime.fp8)
+
+
+@functools.cache
+def _operands(recipe: str, fp8: config.FP8) -> config.FP8:
+  return recipes.merged(config.Runtime(recipe=recipe, fp8=fp8))
+
+
 def quantizes(runtime: config.Runtime) -> bool:
   """Whether linear layers run under a recipe at all (`fp8/recipe.resolve`)."""
   plain = {"compute", {"float32": "fp32", "bfloat16": "bf16"}[runtime.compute_dtype]}
-  texts = [v for v in vars(recipes.merged(runtime)).values() if isinstance(v, str)]
-  return runtime.recipe != "none" and not set(texts) <= plain
+  texts = {v for v in vars(operands(runtime)).values() if isinstance(v, str)}
+  return runtime.recipe != "none" and not texts <= plain
 
 
 def block_rows(pairs: int, experts: int) -> int:
@@ -138,7 +148,7 @@ def layer(cfg: config.Config, s: Shape, moe: bool, remat: str, place: str = "loo
   item = FP32 if s.cpu and place == "loop" else itemsize(cfg.runtime)
   if remat == "layer":
     return {"block input": s.tokens * cfg.model.dim * item}
-  texts = recipes.merged(cfg.runtime) if quantizes(cfg.runtime) else None
+  texts = operands(cfg.runtime) if quantizes(cfg.runtime) else None
   wide = item
   if s.cpu and place == "straight":
     texts, wide, item = None, FP32, FP32 if texts else item

@@ -24,6 +24,7 @@ same way.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from dsv3_jax import config
@@ -86,30 +87,31 @@ class Memory:
                        "kept": dict(r.kept), "filled": r.filled} for r in self.ranks]}
 
 
-def moment_bytes(cfg: config.Config) -> int:
-  """Bytes of both of Adam's moments on one device."""
-  total = 0
-  for dtype in (cfg.optim.mu_dtype, cfg.optim.nu_dtype):
-    for a in arrays.parameters(cfg.model):
-      if dtype in MOMENTS:
-        total += MOMENTS[dtype] * arrays.at_home(a, cfg.runtime)
-      else:  # E4M3 and a scale for 128 values of a row; on a mesh every device has all of it
-        total += a.size + FP32 * (a.size // a.shape[-1]) * -(-a.shape[-1] // 128)
-  return total
+@functools.lru_cache(maxsize=1024)
+def _homes(model: config.Model, mu: str, nu: str, mesh: config.Mesh, zero: int, words: bool
+           ) -> tuple[int, int]:
+  """Bytes of master weights and of both of Adam's moments on one device."""
+  runtime = config.Runtime(mesh=mesh, zero=zero, shard_vocab=words)
+  found = arrays.parameters(model)
+  home = sum(arrays.at_home(a, runtime) for a in found)
+  # float8: E4M3 and a scale for 128 values of a row; on a mesh every device has all of it.
+  float8 = sum(a.size + FP32 * (a.size // a.shape[-1]) * -(-a.shape[-1] // 128) for a in found)
+  return FP32 * home, sum(home * MOMENTS[d] if d in MOMENTS else float8 for d in (mu, nu))
 
 
 def state_bytes(cfg: config.Config) -> dict[str, int]:
   """What lives from step to step, and the batch: exact."""
-  found = arrays.parameters(cfg.model)
+  found, masters, moments = arrays.parameters(cfg.model), *_homes(
+      cfg.model, cfg.optim.mu_dtype, cfg.optim.nu_dtype, cfg.runtime.mesh, cfg.runtime.zero,
+      cfg.runtime.shard_vocab)
   micro = cfg.data.microbatch or cfg.data.batch_size
   local = cfg.data.batch_size // micro * (micro // cfg.runtime.mesh.batch_shards)
   tokens = FP32 * local * (cfg.data.sequence_length + 1)
   history = 0
-  texts = kept.recipes.merged(cfg.runtime)
+  texts = kept.operands(cfg.runtime)
   if kept.quantizes(cfg.runtime) and "delayed" in " ".join(map(str, vars(texts).values())):
     history = sum(FP32 * 2 * texts.history * max(a.depth, 1) for a in found if a.linear)
-  return {"master weights": FP32 * sum(arrays.at_home(a, cfg.runtime) for a in found),
-          "moments": moment_bytes(cfg),
+  return {"master weights": masters, "moments": moments,
           "batch and counters": tokens + FP32 * (arrays.biases(cfg.model) + 8) + history}
 
 

@@ -7,12 +7,12 @@ buffers have room for. Residuals, remat and the schedule's micro-batches in flig
 """
 
 import collections
+import functools
 from collections.abc import Sequence
 
 from dsv3_jax import config
 from dsv3_jax.cost import arrays, kept, memory, pipe, work
 from dsv3_jax.cost.kept import FP32, Shape
-from dsv3_jax.fp8 import recipes
 from dsv3_jax.model.cut import Kind, cut
 from dsv3_jax.parallel import odds
 
@@ -70,19 +70,19 @@ def _rank(cfg: config.Config, s: Shape, kinds: Sequence[Kind], first: bool, in_f
   layers = {"dense": sum(k.dense for k in kinds), "moe": sum(k.moe for k in kinds),
             "mtp": model.mtp_depth * last, "embedding_VD": first, "head_DV": last,
             "final_norm_D": last}
-  fp8 = kept.quantizes(runtime) and recipes.merged(runtime).fprop_w.startswith("e")
+  fp8 = kept.quantizes(runtime) and kept.operands(runtime).fprop_w.startswith("e")
   weights = values = 0
-  for a in arrays.parameters(model):
-    n = arrays.in_use(a, runtime) * layers[a.stack]
-    values += n
+  for stack, (linear, others) in _sizes(model, runtime.mesh.node * runtime.mesh.gpu,
+                                        runtime.shard_vocab).items():
     # FP8 in both forms, a byte each; in fp32 without ZeRO-1 the masters themselves multiply.
-    weights += n * (2 if fp8 and a.linear else item if item < FP32 or runtime.zero else 0)
+    plain = item if item < FP32 or runtime.zero else 0
+    values += (linear + others) * layers[stack]
+    weights += (linear * (2 if fp8 else plain) + others * plain) * layers[stack]
   totals: collections.Counter = collections.Counter()
   for k in kinds:
     for moe, n in ((False, k.dense), (True, k.moe + model.mtp_depth * k.last)):
       if n:
-        totals.update({name: n * size for name, size in
-                       kept.layer(cfg, s, moe, runtime.remat, "stage").items()})
+        totals.update({name: n * size for name, size in _kept(cfg, s, moe).items()})
     if k.last:
       totals.update({"last stage": sum(work.ends(cfg, s).values())})
   residuals = {name: round(n / len(kinds)) for name, n in totals.items()}
@@ -96,3 +96,27 @@ def _rank(cfg: config.Config, s: Shape, kinds: Sequence[Kind], first: bool, in_f
   return {"compute weights": weights, "gradients": FP32 * values,
           "activations": in_flight * sum(residuals.values()), "working set": working,
           "all-to-all buffers": exchange}, residuals
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(model: config.Model, devices: int, words: bool) -> dict[str, tuple[int, int]]:
+  """Stack -> values of one of its layers in use: those of linear layers, and all others."""
+  runtime = config.Runtime(mesh=config.Mesh(gpu=devices), shard_vocab=words)
+  found: dict[str, tuple[int, int]] = {}
+  for a in arrays.parameters(model):
+    linear, others = found.get(a.stack, (0, 0))
+    n = arrays.in_use(a, runtime)
+    found[a.stack] = (linear + n, others) if a.linear else (linear, others + n)
+  return found
+
+
+_residuals: dict[tuple, dict[str, int]] = {}
+
+
+def _kept(cfg: config.Config, s: Shape, moe: bool) -> dict[str, int]:
+  """`kept.layer`, once for all plans that agree on what it reads."""
+  r = cfg.runtime
+  key = cfg.model, r.compute_dtype, r.recipe, r.fp8, r.remat, s, moe
+  if key not in _residuals:
+    _residuals[key] = kept.layer(cfg, s, moe, r.remat, "stage")
+  return _residuals[key]

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dsv3_jax import config
 from dsv3_jax.cost import arrays, kept, work
 from dsv3_jax.cost.kept import FP32, Shape
-from dsv3_jax.fp8 import recipes
 from dsv3_jax.model.cut import Kind, cut
 from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel.schedules.simulate import peak_activations
@@ -99,7 +98,7 @@ def _parts(cfg: config.Config, s: Shape, kinds: Sequence[Kind], rows: dict[str, 
   weights *= FP32
   if kept.quantizes(runtime):
     linear = sum(n for a, n in own.items() if a.linear)
-    weights += linear * (2 if recipes.merged(runtime).fprop_w.startswith("e") else 2 * item)
+    weights += linear * (2 if kept.operands(runtime).fprop_w.startswith("e") else 2 * item)
   home = sum(arrays.in_use(a, runtime) * a.depth // (
       runtime.mesh.pipe if arrays.zero_shards(a, runtime) % runtime.mesh.pipe == 0 else 1)
              for a in own if a.stack in rows)

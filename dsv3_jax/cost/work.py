@@ -7,7 +7,6 @@ Bytes on one device; see memory.py for the moments. The sizes follow the operati
 from dsv3_jax import config
 from dsv3_jax.cost import arrays, kept
 from dsv3_jax.cost.kept import FP32, Shape
-from dsv3_jax.fp8 import recipes
 
 
 def ends(cfg: config.Config, s: Shape) -> dict[str, int]:
@@ -64,7 +63,7 @@ def weights(cfg: config.Config, depths: dict[str, int], cpu: bool) -> int:
   """Weights besides the masters: quantized, copied for the backward pass, collected from others."""
   runtime, total = cfg.runtime, 0
   item, quantized = kept.itemsize(runtime), kept.quantizes(runtime)
-  fp8 = quantized and recipes.merged(runtime).fprop_w.startswith("e")
+  fp8 = quantized and kept.operands(runtime).fprop_w.startswith("e")
   for a in arrays.parameters(cfg.model):
     values = arrays.in_use(a, runtime) * max(a.depth, 1)
     remat = kept.policy(runtime, depths.get(a.stack, 1))
