@@ -221,7 +221,7 @@ def _breakable(text: str) -> str:
 
 _CSS = """
 .question { margin: 0; font-size: 1.08rem; color: var(--muted); }
-.about { margin-top: 14px; }
+details.card.about { margin-top: 14px; }
 .verdict { margin: 16px 0 0; padding: 10px 14px; background: var(--card);
   border-left: 4px solid var(--done); border-radius: 4px; }
 .arms { width: 100%; font-variant-numeric: tabular-nums; }
@@ -229,7 +229,7 @@ _CSS = """
   border-top: 1px solid var(--edge); }
 .arms thead th { border-top: 0; color: var(--muted); font-weight: 500; vertical-align: bottom;
   min-width: 56px; max-width: 200px; }
-.arms tbody th { font-weight: 500; min-width: 150px; max-width: 300px; overflow-wrap: anywhere; }
+.arms tbody th { font-weight: 500; min-width: 170px; max-width: 300px; overflow-wrap: anywhere; }
 .arms td { white-space: nowrap; }
 .arms td:has(wbr) { white-space: normal; min-width: 240px; overflow-wrap: anywhere; }
 .swatch { width: 22px; height: 4px; margin-right: 8px; vertical-align: middle; }
