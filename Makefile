@@ -5,6 +5,7 @@
 # make bench   ours, peer and ratio of every benchmark
 # make sass    compile the GPU kernels without a GPU, and fail on register spills
 # make overlap compile the training step for 8 H100s without one: do all-to-alls hide?
+# make notebooks   execute the notebooks and write their outputs
 # make gpu     everything that wants a Hopper GPU, unattended, in under 25 minutes
 #
 # Each needs Python 3.11 or newer and nothing else: the environment is made in .venv on first use.
@@ -32,7 +33,7 @@ GPU := $(VENV)/.installed-gpu
 SASS := $(VENV)/sass
 
 .DEFAULT_GOAL := help
-.PHONY: help train cluster test test-kernels bench lint sass overlap gpu clean
+.PHONY: help train cluster test test-kernels bench lint sass overlap notebooks gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -93,6 +94,9 @@ sass: $(SASS)/.installed
 
 overlap: $(SASS)/.installed
 	$(BIN)/python -m benchmarks.overlap $(ARGS)
+
+notebooks: $(FULL)
+	$(BIN)/python -m notebooks $(ARGS)
 
 gpu: $(if $(GPU_PYTHON),,$(if $(findstring --dry,$(ARGS)),$(BASE),$(GPU)))
 	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(ARGS)
