@@ -84,7 +84,7 @@ def fingerprint(notebook: nbformat.NotebookNode) -> str:
   return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
 
 
-def execute(notebook: nbformat.NotebookNode, mode: str, timeout: float = 600, flags: str = ""
+def execute(notebook: nbformat.NotebookNode, mode: str, timeout: float = 3600, flags: str = ""
             ) -> nbformat.NotebookNode:
   """The notebook with its outputs, from a fresh kernel in the notebooks' folder.
 
@@ -129,11 +129,17 @@ def smaller(png: str) -> str:
   return base64.b64encode(buffer.getvalue()).decode()
 
 
+def stamp() -> None:
+  """Writes the repository's address wherever it stands in this folder."""
+  for path in (*HERE.glob("*.py"), HERE / "README.md"):
+    text = path.read_text(encoding="utf-8")
+    if (stamped := _ADDRESS.sub(rf"\1/{address()}", text)) != text:
+      path.write_text(stamped, encoding="utf-8")
+
+
 def refresh(name: str) -> None:
-  """Executes a notebook and writes its .ipynb; its .py gets jupytext's form and our address."""
-  path = HERE / f"{name}.py"
-  text = _ADDRESS.sub(rf"\1/{address()}", path.read_text(encoding="utf-8"))
-  path.write_text(script(jupytext.reads(text, fmt="py:percent")), encoding="utf-8")
+  """Executes a notebook and writes its .ipynb; its .py gets jupytext's form."""
+  (HERE / f"{name}.py").write_text(script(source(name)), encoding="utf-8")
   notebook = execute(source(name), "static")
   for cell in notebook.cells:
     if cell.cell_type == "code":
@@ -154,6 +160,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m notebooks", description=__doc__.split("\n")[0])
   parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names; default: all")
   chosen = tuple(parser.parse_args().names)
+  stamp()
   for name in names():
     if not chosen or name.startswith(chosen):
       began = time.monotonic()
