@@ -103,6 +103,7 @@ def every_layer(values: dict[str, Any]) -> Figure:
   figure = plots.new_figure(plots.WIDE, min(0.9 + height * len(names), 60))
   figure.get_layout_engine().set(h_pad=0.02, w_pad=0.04, hspace=0.02)
   panels = figure.subplots(len(names), len(runs), squeeze=False)
+  norm = scale(values)
   for i, name in enumerate(names):
     for j, run in enumerate(runs):
       axes = panels[i, j]
@@ -110,7 +111,7 @@ def every_layer(values: dict[str, Any]) -> Figure:
         axes.set_axis_off()
         continue
       load_XE = _rows(run, name, domains)
-      _map(axes, load_XE, scale(values))
+      _map(axes, load_XE, norm)
       _domains(axes, domains if j == 0 else (), 7.5)
       _experts(axes, load_XE.shape[1], i + 1 == len(names), room=20 // len(runs) + 4)
       if j == len(runs) - 1:
@@ -118,7 +119,7 @@ def every_layer(values: dict[str, Any]) -> Figure:
         axes.set_ylabel(name, rotation=0, ha="left", va="center", fontsize=8.5, color=plots.TEXT)
       if i == 0:
         axes.set_title(_short(run["name"], 90 // len(runs)), fontsize=9.5, color=plots.TEXT)
-  _bar(figure, list(panels.flat), scale(values))
+  _bar(figure, list(panels.flat), norm)
   return figure
 
 
@@ -177,10 +178,13 @@ def _rows(run: dict[str, Any], layer: str, domains: Sequence[str]) -> np.ndarray
 
 def _map(axes: Axes, load_XE: np.ndarray, norm: Normalize) -> None:
   plots.style(axes, grid=False)
-  experts = load_XE.shape[1]
-  axes.pcolormesh(load_XE, cmap=_colours(), norm=norm, rasterized=experts > 64,
-                  edgecolors=plots.PAPER if experts <= 64 else "none", linewidth=0.4)
-  axes.invert_yaxis()
+  rows, experts = load_XE.shape
+  if experts <= 64:
+    axes.pcolormesh(load_XE, cmap=_colours(), norm=norm, edgecolors=plots.PAPER, linewidth=0.4)
+    axes.set_ylim(rows, 0)
+  else:  # a picture of a pixel a cell instead of thousands of shapes
+    axes.imshow(load_XE, cmap=_colours(), norm=norm, interpolation="none", aspect="auto",
+                extent=(0, experts, rows, 0))
   axes.tick_params(length=0)
 
 
@@ -206,7 +210,7 @@ def _bar(figure: Figure, panels: list[Axes], norm: Normalize) -> None:
   step = max(1, round(norm.vmax / 6))
   ticks = sorted({0, 1, *range(step, int(norm.vmax) + 1, step)})
   bar.set_ticks(ticks, labels=[str(t) if t != 1 else "1: balanced" for t in ticks])
-  bar.ax.axhline(1, color=plots.TEXT, linewidth=1.2)
+  bar.ax.axhline(1, color="#222222", linewidth=1.2)  # on white, whatever the page
   bar.set_label("load / balanced load", color=plots.TEXT)
   bar.ax.tick_params(colors=plots.MUTED, labelsize=8.5)
   bar.outline.set_visible(False)
@@ -230,7 +234,9 @@ _CSS = """
 
 
 def _title(values: dict[str, Any]) -> str:
-  return "Expert load by domain: " + " and ".join(run["name"] for run in values["runs"])
+  names = [run["name"] for run in values["runs"]]
+  return "Expert load by domain: " + (" and ".join(names) if len(names) < 4 else
+                                      f"{len(names)} runs")
 
 
 def _facts(run: dict[str, Any]) -> str:
@@ -244,11 +250,11 @@ def _markdown(values: dict[str, Any], pictures: _Pictures) -> str:
   parts = [f"# {page.one_line(_title(values))}"]
   parts += [f"> {page.one_line(text)}" for text in expert_load.warnings(values)]
   parts.append(page.markdown_table(expert_load.COMPARISON, expert_load.comparison(values)))
+  for name, ((title, caption), _) in pictures.items():
+    parts += [f"## {title}", f"![{title}]({NAME}_{name}.svg)", caption]
   for run in values["runs"]:
     parts += [f"## {page.one_line(run['name'])}", page.one_line(_facts(run)),
               page.markdown_table(expert_load.HEAD, expert_load.rows(run))]
-  for name, ((title, caption), _) in pictures.items():
-    parts += [f"## {title}", f"![{title}]({NAME}_{name}.svg)", caption]
   parts += ["## Words", "\n".join(f"- {page.one_line(note)}" for note in expert_load.NOTES)]
   return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -261,13 +267,13 @@ def _page(values: dict[str, Any], pictures: _Pictures) -> str:
                 "</ul>")
   body.append("<section><h2>Summary</h2>" +
               _table(expert_load.COMPARISON, expert_load.comparison(values)) + "</section>")
+  drawn = "".join(page.figure(title, plots.to_inline(svg, title, name), caption, wide=True)
+                  for name, ((title, caption), svg) in pictures.items())
+  body.append(f'<section><h2>Loads</h2><div class="plots">{drawn}</div></section>')
   for run in values["runs"]:
     body.append(f'<section><h2>{page.escape(run["name"])}</h2><p class="hint">'
                 f'{page.escape(_facts(run))}</p>'
                 f'{_table(expert_load.HEAD, expert_load.rows(run))}</section>')
-  drawn = "".join(page.figure(title, plots.to_inline(svg, title, name), caption, wide=True)
-                  for name, ((title, caption), svg) in pictures.items())
-  body.append(f'<section><h2>Loads</h2><div class="plots">{drawn}</div></section>')
   notes = "".join(f"<li>{page.escape(note)}</li>" for note in expert_load.NOTES)
   body.append(f"<section><h2>Words</h2><ul>{notes}</ul></section>")
   return page.document(_title(values), body, _CSS)

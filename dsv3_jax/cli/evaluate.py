@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
   for path in args.workdir if not joined else ():
     if not (Path(path) / "checkpoints").is_dir():
       why = "holds no checkpoints/" if Path(path).is_dir() else "is not a folder"
-      raise ConfigError(f"{path} {why}; give the workdir of a run")
+      pool = f", as those in {Path(path) / 'arms'}" if (Path(path) / "arms").is_dir() else ""
+      raise ConfigError(f"{path} {why}; give the workdir of a run{pool}")
   if args.domains is not None or args.domain or joined:
     return _by_domain(args, joined)
   for name in ("tokens", "layers", "out"):

@@ -233,6 +233,9 @@ def test_parts_are_the_documents(tokenizer, texts):
   assert sum(part[0] == tokenizer.bos for part in found) == len(documents)
   assert all(any(part.tolist() == w[i:i + len(part)] for w in whole for i in range(len(w)))
              for part in found[:5])
+  first = {i for part in found[:10] for i, w in enumerate(whole)
+           if any(part.tolist() == w[j:j + len(part)] for j in range(len(w)))}
+  assert len(first) > 5 and first != set(range(len(first)))  # of many documents
   less = domains.parts(documents, tokenizer, 50, 333)
   assert sum(map(len, less)) == 333
   assert all(np.array_equal(a, b) for a, b in zip(less[:-1], found, strict=False))
