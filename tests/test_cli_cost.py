@@ -53,8 +53,8 @@ def test_json(capsys, tmp_path):
   assert got["budget"][0]["dollars"] == pytest.approx(1.5 * got["budget"][0]["gpu_hours"])
   assert [w["name"] for w in got["what_if"]] == ["slow=2"]
   assert got["model"]["cache_bytes_per_token"] == 70_272
-  ranks = got["memory"]["ranks"]
-  assert len(ranks) == 16 and all(sum(r["parts"].values()) == r["total"] for r in ranks)
+  for ranks in (got["memory"]["ranks"], got["memory_needed"]["ranks"]):
+    assert len(ranks) == 16 and all(sum(r["parts"].values()) == r["total"] for r in ranks)
 
 
 @pytest.mark.parametrize("options", [

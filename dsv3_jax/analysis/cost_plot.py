@@ -25,11 +25,12 @@ def draw(content: dict[str, Any]) -> Figure:
   alone = len(parts) and max(parts.values()) < 1
   _stack(axes[0], {k: v * (1e3 if alone else 1) for k, v in parts.items()},
          "ms" if alone else "s", f"a step of {content['tokens_per_step']:,} tokens")
-  rank = max(content["memory"]["ranks"], key=lambda r: r["total"])
+  several = content["devices"] > 1
+  rank = max(content["memory_needed" if several else "memory"]["ranks"], key=lambda r: r["total"])
   unit, scale = ("GB", 1e9) if rank["total"] > 1e9 else ("MB", 1e6)
   held = content["hardware"]["memory"] / scale
   _stack(axes[1], {k: v / scale for k, v in rank["parts"].items() if v}, unit,
-         "memory of the fullest device")
+         f"memory {'needed on' if several else 'of'} the fullest device")
   if rank["total"] / scale > held / 4:  # otherwise the line would squeeze the bar
     axes[1].axhline(held, color=plots.RED, linewidth=1.2)
     axes[1].text(0.98, held, f"{content['hardware']['name']} {held:.3g} {unit}", color=plots.RED,

@@ -20,7 +20,7 @@ DESCRIPTION = (
     "schedule, recipe and remat are the config's (runtime.mesh, runtime.pipeline, ...); --gpus=N\n"
     "changes the number of data-parallel parts.\n\n"
     "The time is a prediction from data sheets and published measurements of single kernels\n"
-    "(dsv3_jax/cost/hardware.py says which); no whole step was fitted. Launches of kernels are not\n"
+    "(dsv3_jax/cost/hardware.py says which); no whole step was fitted. Kernel launches are not\n"
     "counted: models of a few million parameters come out too fast on a GPU. For the report's\n"
     "model the report's numbers stand beside ours, with the error and its reasons.\n\n"
     "--hardware: h800, h100, h200, b200, v5p, ironwood; cpu, measured here in 0.2 s; or a JSON\n"
@@ -137,7 +137,7 @@ def _content(args: argparse.Namespace, cfg: Config, found: Any, texts: tuple[str
              whatif: Any) -> dict[str, Any]:
   """All that is printed, as plain data."""
   from dsv3_jax import config, counts
-  from dsv3_jax.cost import budget, check, memory
+  from dsv3_jax.cost import budget, check, memory, needed
 
   hw, reported = found.hardware, check.is_reported(cfg.model)
   parameters, active = counts.parameters(cfg.model), counts.activated_parameters(cfg.model)
@@ -151,7 +151,7 @@ def _content(args: argparse.Namespace, cfg: Config, found: Any, texts: tuple[str
       "mesh": dataclasses.asdict(mesh), "recipe": runtime.recipe, "remat": runtime.remat,
       "sequence_length": cfg.data.sequence_length, "batch_size": cfg.data.batch_size,
       **found.to_dict(),
-      "memory": memory.estimate(cfg).to_dict(),
+      "memory": memory.estimate(cfg).to_dict(), "memory_needed": needed.estimate(cfg).to_dict(),
       "budget": [dataclasses.asdict(p) for p in budget.training(cfg, hw, extended=reported)],
       "what_if": [c._asdict() for c in (whatif.changes(cfg, hw, texts) if texts else ())],
       "report": [dataclasses.asdict(r) | {"error": r.error, "within": r.within} for r in rows]}
@@ -251,17 +251,22 @@ def _flops(console: "Console", c: dict[str, Any]) -> None:
 
 
 def _memory(console: "Console", c: dict[str, Any]) -> None:
-  memory, held = c["memory"], c["hardware"]["memory"]
-  worst = max(range(len(memory["ranks"])), key=lambda i: memory["ranks"][i]["total"])
-  rank = memory["ranks"][worst]
-  rows = [(name, size(value), f"{value / rank['total']:.1%}")
-          for name, value in rank["parts"].items() if value]
-  rows.append(("all", size(rank["total"]), f"{rank['total'] / held:.0%} of {size(held)}"))
-  where = f" (rank {worst} of {len(memory['ranks'])})" if len(memory["ranks"]) > 1 else ""
-  note = ("It does not fit: try runtime.remat, a smaller data.microbatch or another mesh."
-          if rank["total"] > held else "")
-  _table(console, f"Memory of the fullest device{where}", ("component", "bytes", "share"), rows,
-         note)
+  held, names = c["hardware"]["memory"], {"memory": "this code's program"}
+  if c["devices"] > 1:  # fixed buffers and one program for all ranks cost there
+    names = {"memory_needed": "the plan needs"} | names
+  worst = {key: max(c[key]["ranks"], key=lambda r: r["total"]) for key in names}
+  first = next(iter(worst.values()))
+  rows = [(part, *(size(rank["parts"].get(part, 0)) for rank in worst.values()))
+          for part in first["parts"] if any(rank["parts"].get(part) for rank in worst.values())]
+  rows.append(("all", *(size(rank["total"]) for rank in worst.values())))
+  rows.append((f"of {size(held)}", *(f"{rank['total'] / held:.1%}" for rank in worst.values())))
+  over = [names[key] for key, rank in worst.items() if rank["total"] > held]
+  note = (f"Does not fit: {' and '.join(over)}. Try runtime.remat, a smaller data.microbatch or "
+          "another mesh." if over else "")
+  if c["devices"] > 1:
+    note = ("What the plan needs at least, and what this code's one program for all ranks holds "
+            "(dsv3_jax/cost/memory.py). " + note)
+  _table(console, "Memory of the fullest device", ("component", *names.values()), rows, note)
 
 
 def _traffic(console: "Console", c: dict[str, Any]) -> None:
