@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax import config as config_lib
 from dsv3_jax.sweep import pool
 
 WHOLE = 2**20  # bytes of metrics.jsonl up to which all of it is read at first
@@ -71,6 +72,7 @@ class Follower:
   def __init__(self, folder: str | Path):
     self.folder = Path(folder)
     self._config: dict[str, Any] | None = None
+    self._ramp: list[tuple[int, int]] = []
     self._reset()
 
   def _reset(self) -> None:
@@ -85,7 +87,8 @@ class Follower:
     config, arm = self._read_config(), pool.read_arm(self.folder)
     last = self._train[-1] if self._train else None
     step, tokens = (last["step"], last.get("tokens", 0)) if last else (0, 0)
-    wanted, total = _length(config, last)
+    wanted = config.get("train", {}).get("tokens")
+    total = _total(self._ramp, wanted, step, tokens) if self._ramp else None
     recent = self._train[-_RECENT:]
     rates = [r for r in (_time(line, "tokens_per_s") for line in recent) if r]
     rate = statistics.median(rates) if rates else None
@@ -173,6 +176,7 @@ class Follower:
     for name in ("config.json", pool.ARM_CONFIG) if self._config is None else ():
       with contextlib.suppress(OSError, ValueError):
         self._config = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        self._ramp = _ramp(self._config)
         break
     return self._config or {}
 
@@ -223,15 +227,22 @@ def _pace(recent: list[dict[str, Any]], rate: float) -> float:
   return rate
 
 
-def _length(config: dict[str, Any], last: dict[str, Any] | None) -> tuple[float | None, int | None]:
-  """(training tokens, optimizer steps) of a run; the steps are close while its batch still grows.
-
-  The last step may go beyond the tokens; a run that is there has all its steps.
-  """
+def _ramp(config: dict[str, Any]) -> list[tuple[int, int]]:
+  """(tokens from which it holds, tokens a step) of each stage of the run's batch ramp."""
   data, wanted = config.get("data", {}), config.get("train", {}).get("tokens")
-  if not wanted or not data.get("batch_size"):
-    return None, None
-  step, done, batch = 0, 0, data["batch_size"]
-  if last:
-    step, done, batch = last["step"], last.get("tokens", 0), last.get("batch_size") or batch
-  return wanted, step + max(0, math.ceil((wanted - done) / (batch * data["sequence_length"])))
+  if not wanted or not data.get("batch_size") or not data.get("sequence_length"):
+    return []
+  try:
+    stages = config_lib.from_dict(data, config_lib.Data, "data").ramp(wanted)
+  except config_lib.ConfigError:  # of another version
+    stages = [(0, data["batch_size"])]
+  return [(first, size * data["sequence_length"]) for first, size in stages if first < wanted]
+
+
+def _total(ramp: list[tuple[int, int]], wanted: float, step: int, tokens: int) -> int:
+  """Steps of the whole run that has come to `step`; the last one is the first to reach `wanted`."""
+  ends = [first for first, _ in ramp[1:]] + [math.ceil(wanted)]
+  for (_, size), end in zip(ramp, ends, strict=True):
+    more = max(-((tokens - end) // size), 0)
+    step, tokens = step + more, tokens + more * size
+  return step

@@ -4,6 +4,7 @@ Its numbers are a function of config and step; it saves every fifth step, goes o
 and leaves with 143 at SIGTERM, and fails where the config's optim.lr is 0.666.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -13,8 +14,15 @@ import time
 folder, pause = sys.argv[1], float(sys.argv[2])
 with open(os.path.join(folder, "arm-config.json")) as file:
   config = json.load(file)
-with open(os.path.join(folder, "starts"), "a") as file:
-  file.write(f"{os.getpid()} {sorted(os.sched_getaffinity(0))}\n")
+
+
+def note(name):
+  with open(os.path.join(folder, name), "a") as file:
+    file.write(f"{os.getpid()} {time.time()} {sorted(os.sched_getaffinity(0))}\n")
+
+
+note("starts")
+atexit.register(note, "ends")
 stopped = []
 signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
 
