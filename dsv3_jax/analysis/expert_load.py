@@ -249,6 +249,14 @@ def comparison(values: dict[str, Any]) -> list[tuple[str, ...]]:
   return found
 
 
+def provenance(values: dict[str, Any]) -> str:
+  """Where the text of the domains is from, as a sentence."""
+  names: dict[str, list[str]] = {}
+  for name, facts in values["runs"][0]["domains"].items():
+    names.setdefault(facts["source"], []).append(name)
+  return "Text: " + "; ".join(f"{', '.join(n)} from {source}" for source, n in names.items()) + "."
+
+
 def warnings(values: dict[str, Any]) -> list[str]:
   """What a reader should know before believing the numbers."""
   found, seen = [], {}

@@ -249,6 +249,7 @@ def _facts(run: dict[str, Any]) -> str:
 def _markdown(values: dict[str, Any], pictures: _Pictures) -> str:
   parts = [f"# {page.one_line(_title(values))}"]
   parts += [f"> {page.one_line(text)}" for text in expert_load.warnings(values)]
+  parts.append(page.one_line(expert_load.provenance(values)))
   parts.append(page.markdown_table(expert_load.COMPARISON, expert_load.comparison(values)))
   for name, ((title, caption), _) in pictures.items():
     parts += [f"## {title}", f"![{title}]({NAME}_{name}.svg)", caption]
@@ -265,7 +266,8 @@ def _page(values: dict[str, Any], pictures: _Pictures) -> str:
   if warnings:
     body.append('<ul class="gaps">' + "".join(f"<li>{page.escape(w)}</li>" for w in warnings) +
                 "</ul>")
-  body.append("<section><h2>Summary</h2>" +
+  body.append('<section><h2>Summary</h2><p class="hint">'
+              f'{page.escape(expert_load.provenance(values))}</p>' +
               _table(expert_load.COMPARISON, expert_load.comparison(values)) + "</section>")
   drawn = "".join(page.figure(title, plots.to_inline(svg, title, name), caption, wide=True)
                   for name, ((title, caption), svg) in pictures.items())

@@ -23,6 +23,7 @@ import dataclasses
 import difflib
 import io
 import os
+import platform
 import sysconfig
 import tokenize
 import warnings
@@ -52,11 +53,13 @@ class Domain:
 
   Attributes:
     name: what to call it.
-    documents: its text, in an order that mixes sources.
+    source: where the text is from.
+    documents: it, in an order that mixes files.
     held_out: share of the bytes of `documents` whose file was held out.
   """
 
   name: str
+  source: str
   documents: tuple[Document, ...]
   held_out: float
 
@@ -102,7 +105,9 @@ def default(names: Sequence[str], keep: Keep, least: int = 0, enough: int = 0,
   take(kept, list(names))
   fresh = dict(sizes)
   take(~kept, [name for name in names if sizes[name] < least])
-  return [Domain(name, tuple(taken[name]), fresh[name] / max(sizes[name], 1)) for name in names]
+  source = f"standard library of Python {platform.python_version()}"
+  return [Domain(name, source, tuple(taken[name]), fresh[name] / max(sizes[name], 1))
+          for name in names]
 
 
 def own(name: str, spec: str, keep: Keep, enough: int = 0, text_key: str = "text",
@@ -137,7 +142,7 @@ def own(name: str, spec: str, keep: Keep, enough: int = 0, text_key: str = "text
                       ) from None
   documents, hashes = _in_order(documents)
   sizes = np.array([len(document.text.encode()) for document in documents])
-  return Domain(name, tuple(documents), float(sizes[keep(hashes)].sum() / sizes.sum()))
+  return Domain(name, spec, tuple(documents), float(sizes[keep(hashes)].sum() / sizes.sum()))
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -68,8 +68,8 @@ def measure(run: Trained, domains: Sequence[Domain], tokens: int = TOKENS, ema: 
 
   Returns:
     {"workdir", "step", "ema", "id" (of the config), "experts", "active", "layers" (names of the
-    MoE layers, L in all), "domains": {name: {"documents", "held_out", "tokens", "bytes", "loss",
-    "mtp_loss", "bits_per_byte", "accuracy"}}, "counts": {name: fp32 [batches, L, E]}}
+    MoE layers, L in all), "domains": {name: {"source", "documents", "held_out", "tokens", "bytes",
+    "loss", "mtp_loss", "bits_per_byte", "accuracy"}}, "counts": {name: fp32 [batches, L, E]}}
     documents: that the text was taken from.
 
   Raises:
@@ -102,7 +102,7 @@ def measure(run: Trained, domains: Sequence[Domain], tokens: int = TOKENS, ema: 
     assert len(found["counts_LE"]) == len(made["layers"])
     made["counts"][domain.name] = found["batch_counts"]
     made["domains"][domain.name] = {
-        "documents": len(domain.documents), "held_out": domain.held_out,
+        "source": domain.source, "documents": len(domain.documents), "held_out": domain.held_out,
         "tokens": int(found["tokens"]), "bytes": size,
         **{key: found[key] for key in ("loss", "mtp_loss", "bits_per_byte", "accuracy")}}
   return made

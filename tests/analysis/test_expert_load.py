@@ -28,8 +28,8 @@ def measured(folder, counts=None, names=("code", "prose"), held_out=1.0) -> dict
     p = np.array([[[.4, .2, .2, .2], [.1, .1, .4, .4], [.25, .25, .25, .25]],
                   [[.1, .5, .2, .2], [.1, .1, .4, .4], [.25, .25, .25, .25]]])
     counts = drawn(p)
-  facts = {"documents": 3, "held_out": held_out, "tokens": 640, "bytes": 2000, "loss": 2.5,
-           "mtp_loss": [2.75], "bits_per_byte": 1.154, "accuracy": 0.4}
+  facts = {"source": "some texts", "documents": 3, "held_out": held_out, "tokens": 640,
+           "bytes": 2000, "loss": 2.5, "mtp_loss": [2.75], "bits_per_byte": 1.154, "accuracy": 0.4}
   return {"workdir": str(folder), "step": 7, "ema": False, "id": "0123456789abcdef",
           "experts": counts[0].shape[-1], "active": 2, "layers": list(LAYERS[:counts[0].shape[1]]),
           "domains": {name: dict(facts) for name in names},
@@ -178,7 +178,8 @@ def test_figure_9_is_told_apart(two, tmp_path):
   assert f">{special['load']['code'][0][3]:.2f}</text>" in large and "layer 1: " in large
   text, markdown = page.read_text(), (out / "domains.md").read_text()
   assert not re.search(r'(src|href)="http', text) and text.count("<svg") == 3
-  for word in (flat["workdir"], "0123456789abcdef", f"{special['specialisation']['mean']:.3f}"):
+  for word in (flat["workdir"], "0123456789abcdef", "Text: code, prose from some texts.",
+               f"{special['specialisation']['mean']:.3f}"):
     assert word in text and word in markdown
   assert expert_load_plots.write(two, tmp_path / "again").read_text() == text
 

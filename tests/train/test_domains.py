@@ -51,7 +51,7 @@ def make_domain(name: str, letters: str, size: int, seed: int) -> text.Domain:
   rng = np.random.default_rng(seed)
   documents = tuple(text.Document(str(i), "".join(rng.choice(list(letters), size // 4)))
                     for i in range(4))
-  return text.Domain(name, documents, 1.0)
+  return text.Domain(name, "made up", documents, 1.0)
 
 
 def ids(letters: str) -> list[int]:
@@ -81,6 +81,7 @@ def test_loads_of_a_router_made_by_hand(cfg, load):
         counts_BLE[0, 0], sum(np.bincount((expert_V[first] + i) % 4, minlength=4) for i in (0, 1)))
     facts = found["domains"][name]
     assert facts["tokens"] == len(stream) - 1 and facts["documents"] == 4
+    assert facts["source"] == "made up"
     assert facts["bytes"] == (stream[1:] >= 6).sum()  # special tokens stand for none
     assert facts["bits_per_byte"] == pytest.approx(
         facts["loss"] * facts["tokens"] / facts["bytes"] / np.log(2))
