@@ -156,7 +156,7 @@ def _arm(run: Run, notes: list[str]) -> dict[str, Any]:
   values = _json(path)
   if path.exists() and not values:
     notes.append("arm.json could not be read.")
-  return {k: values[k] for k in ("name", "state", "error", "commit") if k in values}
+  return {k: values[k] for k in ("name", "state", "error", "commit", "code") if k in values}
 
 
 def _config(values: dict[str, Any], notes: list[str]
