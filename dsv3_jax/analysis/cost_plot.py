@@ -32,6 +32,7 @@ def draw(content: dict[str, Any]) -> Figure:
   _stack(axes[1], {k: v / scale for k, v in rank["parts"].items() if v}, unit,
          f"memory {'needed on' if several else 'of'} the fullest device")
   if rank["total"] / scale > held / 4:  # otherwise the line would squeeze the bar
+    axes[1].set_ylim(0, 1.1 * max(held, rank["total"] / scale))
     axes[1].axhline(held, color=plots.RED, linewidth=1.2)
     axes[1].text(0.98, held, f"{content['hardware']['name']} {held:.3g} {unit}", color=plots.RED,
                  fontsize=8.5, ha="right", va="bottom", transform=axes[1].get_yaxis_transform())

@@ -1,16 +1,20 @@
 """The report's numbers, budgets and what-ifs."""
 
 import dataclasses
+import json
+import pathlib
 
 import pytest
 
+from benchmarks import train_step
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
-from dsv3_jax.cost import budget, check, cluster, estimate, whatif
+from dsv3_jax.cost import budget, check, cluster, estimate, hardware, whatif
 from dsv3_jax.cost.hardware import HARDWARE
 from tests.cost.test_step import experiment
 
 H800 = HARDWARE["h800"]
+RESULTS = pathlib.Path(train_step.__file__).parent / "results"
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,21 @@ def test_bad_changes(text, message):
   """Oracle: what is said of each mistake."""
   with pytest.raises(ConfigError, match=message):
     whatif.apply(text, H800)
+
+
+def test_a_recorded_step_of_a_cpu():
+  """Oracle: benchmarks/results/train_step.json, measured on a quiet machine of two cores. Its matmul
+  rate gives the prediction; copying speed was not recorded, 20 to 50 GB/s are usual there. The
+  clock shows more, since small matmuls reach less of the rate: up to twice.
+  """
+  recorded = json.loads((RESULTS / "train_step.json").read_text())["lines"][0]["details"]
+  rate = recorded["matmul_flops_per_s"]["matmul jax"]
+  ones = hardware.Shares(**{f.name: 1.0 for f in dataclasses.fields(hardware.Shares)})
+  cfg = config.replace(experiment("tiny"), model=train_step.model_config("a"))
+  ratios = []
+  for bandwidth in (20e9, 50e9):
+    cpu = hardware.Hardware("CPU", bf16=rate, fp8=rate, fp32=rate, memory=16e9,
+                            bandwidth=bandwidth, fused_attention=False, shares=ones)
+    ratios.append(recorded["ours"]["median_s"] / estimate(cfg, cpu).step)
+  assert 1 < ratios[0] < ratios[1] < 2
+  assert estimate(cfg, cpu).flops_per_token() * 2048 == recorded["flops"]
