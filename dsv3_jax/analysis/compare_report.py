@@ -224,14 +224,17 @@ _CSS = """
 details.card.about { margin-top: 14px; }
 .verdict { margin: 16px 0 0; padding: 10px 14px; background: var(--card);
   border-left: 4px solid var(--done); border-radius: 4px; }
-.arms { width: 100%; font-variant-numeric: tabular-nums; }
-.arms th, .arms td { padding: 5px 12px 5px 0; text-align: left; vertical-align: top;
+.scroll:has(> .arms) { padding: 8px 0; }
+.arms { width: 100%; font-variant-numeric: tabular-nums; font-size: .88rem; }
+.arms th, .arms td { padding: 5px 10px 5px 0; text-align: left; vertical-align: top;
   border-top: 1px solid var(--edge); }
 .arms thead th { border-top: 0; color: var(--muted); font-weight: 500; vertical-align: bottom;
   min-width: 56px; max-width: 200px; }
-.arms tbody th { font-weight: 500; min-width: 170px; max-width: 300px; overflow-wrap: anywhere; }
+.arms tbody th { font-weight: 500; min-width: 168px; max-width: 280px; overflow-wrap: anywhere; }
+.arms th:first-child { position: sticky; left: 0; padding-left: 16px; background: var(--card); }
+.arms td:last-child, .arms th:last-child { padding-right: 16px; }
 .arms td { white-space: nowrap; }
-.arms td:has(wbr) { white-space: normal; min-width: 240px; overflow-wrap: anywhere; }
+.arms td:has(wbr) { white-space: normal; min-width: 300px; overflow-wrap: anywhere; }
 .swatch { width: 22px; height: 4px; margin-right: 8px; vertical-align: middle; }
 section > h3 { margin: 24px 0 8px; }
 .plots + .scroll { margin-top: 16px; }

@@ -12,8 +12,8 @@ def compact(c: Comparison) -> Table:
   """The table of arms that stands in experiments/RESULTS.md."""
   keys = _measured(c, ("loss", "bits_per_byte", "smoothed", "max_vio", "tokens_per_s"))
   keys.sort(key=lambda k: k != c.metric)  # stable: what is tested comes first
-  head = ["arm", "seeds", METRICS[keys[0]].short if keys else "", f"less {c.baseline}'s", "p",
-          *(METRICS[k].short for k in keys[1:])]
+  head = ["arm", "seeds", METRICS[keys[0]].short if keys else "", f"less {c.baseline}'s",
+          "p, adjusted", *(METRICS[k].short for k in keys[1:])]
   rows = []
   for arm in c.arms:
     rows.append([_title(c, arm), _count(arm), *(spread(arm, k) for k in keys[:1]),

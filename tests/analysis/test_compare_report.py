@@ -91,7 +91,7 @@ def test_numbers_in_the_table(made):
   head, _, base, deeper, none = compare_report.table(made).splitlines()
   mean, deviation = (made.arm("none").spread("loss")[i] for i in (1, 2))
   d = made.differences["none"]
-  assert head.startswith("| arm | seeds | validation loss | less base's | p | bits per byte |")
+  assert head.startswith("| arm | seeds | validation loss | less base's | p, adjusted | bits per byte |")
   assert base.startswith("| base (baseline) | 3 | ") and " | - | - | " in base
   assert none.startswith(
       f"| none | 3 | {mean:.4f} ± {deviation:.4f} | {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] | "
