@@ -174,10 +174,11 @@ def get(name: str) -> Hardware:
   """
   if name.endswith(".json"):
     return read(Path(name))
+  name = name.lower()
   if name == "cpu":
     return measure_cpu()
   if name not in HARDWARE:
-    near = difflib.get_close_matches(name.lower(), HARDWARE, n=1)
+    near = difflib.get_close_matches(name, HARDWARE, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(HARDWARE)}, cpu"
     raise ConfigError(f"--hardware={name}: there is none such; {hint}, or a JSON file (--hardware="
                       "mine.json)")

@@ -127,9 +127,10 @@ def test_bad_changes(text, message):
 
 
 def test_a_recorded_step_of_a_cpu():
-  """Oracle: benchmarks/results/train_step.json, measured on a quiet machine of two cores. Its matmul
-  rate gives the prediction; copying speed was not recorded, 20 to 50 GB/s are usual there. The
-  clock shows more, since small matmuls reach less of the rate: up to twice.
+  """Oracle: benchmarks/results/train_step.json, measured on a quiet machine of two cores.
+
+  Its matmul rate gives the prediction; copying speed was not recorded, 20 to 50 GB/s are usual
+  there. The clock shows more, since small matmuls reach less of the rate: up to twice.
   """
   recorded = json.loads((RESULTS / "train_step.json").read_text())["lines"][0]["details"]
   rate = recorded["matmul_flops_per_s"]["matmul jax"]
