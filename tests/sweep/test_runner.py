@@ -106,12 +106,13 @@ def test_arms_outlive_a_killed_sweep(tmp_path):
 
 def test_training_that_lost_its_keeper_is_left_alone(tmp_path):
   """Law: where only the training process survived, nobody starts the arm until it has ended."""
-  process = _process(tmp_path, 0.05, jobs=1)
+  process = _process(tmp_path, 0.2, jobs=1)
   _until(_saved(tmp_path, 1))
   folder = next(tmp_path.glob("arms/*/saved")).parent
   process.kill()
   os.kill(pool.read_arm(folder)["pid"], signal.SIGKILL)
   process.communicate()
+  assert not (folder / "ends").exists() and pool.claim(folder) is None
   its = sweep(sweep().arms[0])
   assert sweeping.run(tmp_path, its).exit_code == 0
   starts, ends = ([float(line.split()[1]) for line in (folder / name).read_text().splitlines()]
@@ -147,6 +148,20 @@ def test_failed_arm_stops_nobody(tmp_path):
   assert _starts(tmp_path) == {"bad-s0": 1, "good-s0": 1}
   assert sweeping.run(tmp_path, its, rerun="failed").exit_code == 1
   assert _starts(tmp_path) == {"bad-s0": 2, "good-s0": 1}
+
+
+def test_arm_that_was_stopped_by_hand_waits(tmp_path):
+  """Law: whoever stops one arm's training wants the others; the next sweep goes on with it."""
+  process = _process(tmp_path, 0.1, jobs=1)
+  _until(_saved(tmp_path, 1))
+  folder = next(tmp_path.glob("arms/*/saved")).parent
+  os.kill(int((folder / "starts").read_text().split()[0]), signal.SIGTERM)
+  out, err = process.communicate()
+  assert process.returncode == 1 and "was stopped (exit code 143)" in out + err
+  assert _starts(tmp_path) == {"base-s0": 1, "base-s1": 1, "more-s0": 1, "more-s1": 1}
+  assert pool.read_arm(folder)["state"] == "waiting"
+  assert sweeping.run(tmp_path).exit_code == 0
+  assert _starts(tmp_path)[folder.name.rsplit("-", 1)[0]] == 2
 
 
 def test_two_sweeps_at_once(tmp_path):
@@ -186,6 +201,10 @@ def test_records_count_as_finished(tmp_path, monkeypatch):
   for row in outcome.rows:
     assert records.find(tmp_path / "records", row.arm.id)["final"]["train_loss"] == pytest.approx(
         row.progress.loss)
+  assert not any(r.stale for r in runner.rows(its, pool.Pool(tmp_path / "new"),
+                                              str(tmp_path / "records")))
+  assert all(r.stale for r in runner.rows(its, pool.Pool(tmp_path / "new"),
+                                          str(tmp_path / "records"), code="of another day"))
   path = tmp_path / "records" / f"{its.arms[1].id}.json"
   text = path.read_text()
   assert text.count('"lr":0.2,') == 1
