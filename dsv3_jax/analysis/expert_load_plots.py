@@ -18,6 +18,7 @@ from dsv3_jax.config import ConfigError
 
 NAME = "domains"
 NUMBERED = 32  # experts, of a large map whose cells show numbers
+ABREAST = 4  # runs side by side
 _ALL = ("Every MoE layer", "Rows are domains, columns are experts; one colour scale for all. White "
         "is a balanced load of 1.")
 _LARGE = ("Layers one by one", "The same loads with their numbers, where they fit.")
@@ -96,29 +97,32 @@ def scale(values: dict[str, Any]) -> Normalize:
 
 
 def every_layer(values: dict[str, Any]) -> Figure:
-  """A row of maps for each layer, a column for each run."""
+  """A row of maps for each layer and a column for each run; many runs in several such bands."""
   runs, domains = values["runs"], values["domains"]
   names = list(dict.fromkeys(name for run in runs for name in run["layers"]))
+  bands = -(-len(runs) // ABREAST)
+  columns = -(-len(runs) // bands)
   height = 0.24 + 0.15 * len(domains)
-  figure = plots.new_figure(plots.WIDE, min(0.9 + height * len(names), 60))
+  figure = plots.new_figure(plots.WIDE, min(bands * (0.9 + height * len(names)), 60))
   figure.get_layout_engine().set(h_pad=0.02, w_pad=0.04, hspace=0.02)
-  panels = figure.subplots(len(names), len(runs), squeeze=False)
+  panels = figure.subplots(bands * len(names), columns, squeeze=False)
   norm = scale(values)
-  for i, name in enumerate(names):
-    for j, run in enumerate(runs):
-      axes = panels[i, j]
-      if name not in run["layers"]:
-        axes.set_axis_off()
-        continue
-      load_XE = _rows(run, name, domains)
-      _map(axes, load_XE, norm)
-      _domains(axes, domains if j == 0 else (), 7.5)
-      _experts(axes, load_XE.shape[1], i + 1 == len(names), room=20 // len(runs) + 4)
-      if j == len(runs) - 1:
-        axes.yaxis.set_label_position("right")
-        axes.set_ylabel(name, rotation=0, ha="left", va="center", fontsize=8.5, color=plots.TEXT)
-      if i == 0:
-        axes.set_title(_short(run["name"], 90 // len(runs)), fontsize=9.5, color=plots.TEXT)
+  for (row, j), axes in np.ndenumerate(panels):
+    band, i = divmod(row, len(names))
+    at, name = band * columns + j, names[i]
+    if at >= len(runs) or name not in runs[at]["layers"]:
+      axes.set_axis_off()
+      continue
+    load_XE = _rows(runs[at], name, domains)
+    _map(axes, load_XE, norm)
+    _domains(axes, domains if j == 0 else (), 7.5)
+    _experts(axes, load_XE.shape[1], i + 1 == len(names), room=20 // columns + 4)
+    if j == columns - 1 or at == len(runs) - 1:
+      axes.yaxis.set_label_position("right")
+      axes.set_ylabel(name, rotation=0, ha="left", va="center", fontsize=8.5, color=plots.TEXT)
+    if i == 0:
+      axes.set_title(_short(runs[at]["name"], 100 // columns), fontsize=9.5, color=plots.TEXT,
+                     pad=6 if band == 0 else 12)
   _bar(figure, list(panels.flat), norm)
   return figure
 

@@ -77,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _validation(args: argparse.Namespace) -> int:
-  from dsv3_jax.train import evaluate
+  from dsv3_jax.train import evaluate, loop
 
+  loop.use_compilation_cache()
   found = evaluate.find(args.workdir[0], args.step)
   data = found.config.data
   limit = found.config.train.eval_batches if args.batches is None else args.batches
@@ -151,8 +152,9 @@ def _domains(args: argparse.Namespace) -> tuple[list[str], list[tuple[str, str]]
 def _measure(args: argparse.Namespace, names: list[str], own: list[tuple[str, str]],
              check: Callable[[list[list[str]]], Any]) -> list[dict[str, Any]]:
   """`domains.measure` of each run; `check` is called with their layers before the work begins."""
-  from dsv3_jax.train import domains, evaluate
+  from dsv3_jax.train import domains, evaluate, loop
 
+  loop.use_compilation_cache()  # the arms of a sweep are one program
   tokens = domains.TOKENS if args.tokens is None else args.tokens
   tty = sys.stderr.isatty()
 

@@ -184,6 +184,15 @@ def test_figure_9_is_told_apart(two, tmp_path):
   assert expert_load_plots.write(two, tmp_path / "again").read_text() == text
 
 
+def test_many_runs_are_drawn_in_bands(two):
+  """Oracle: six runs are two bands of three: each named once, each layer named in both."""
+  runs = [run | {"name": f"run {i}"} for i, run in enumerate(two["runs"] * 3)]
+  figure = expert_load_plots.every_layer(two | {"runs": runs})
+  maps = [axes for axes in figure.axes if axes.collections and axes.get_title()]
+  assert [axes.get_title() for axes in maps] == [f"run {i}" for i in range(6)]
+  assert [axes.get_ylabel() for axes in figure.axes].count("layer 2") == 2
+
+
 def test_which_layers_are_drawn_large():
   """Oracle: a third and two thirds of the way, as 9 and 18 of the report's 26; or those named."""
   choose = expert_load_plots.choose
