@@ -100,7 +100,7 @@ def exchanges(cfg: config.Model, runtime: config.Runtime, tokens: float, n: Nume
 
   def exchange(width: float) -> Exchange:
     slow, fast = (pad * tokens * cfg.dim * width * r for r in (sent.slow, sent.fast))
-    return Exchange(slow, fast, max(over(slow, hw, "slow"), over(fast, hw, "fast")))
+    return Exchange(slow, fast, max(over(slow, hw, "slow"), over(hw.hops * fast, hw, "fast")))
 
   out, back, gradient = (exchange(w) for w in (n.dispatch, n.combine, n.gradient))
   return {"dispatch": out, "combine": back, "combine_back": gradient, "dispatch_back": back}

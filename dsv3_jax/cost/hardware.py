@@ -70,6 +70,7 @@ class Hardware:
     fast, slow: bytes/s that a device sends within its fast domain (NVLink, ICI), and out of it
       (InfiniBand, DCN); 0: no such link.
     fast_devices: devices of a fast domain.
+    hops: fast links that a row of an all-to-all crosses on its way; 1 behind a switch.
     sms: processors of a device, `comm_sms` of which move data; 0, 0 where others do.
     native_scales: what if the matrix units scaled and summed by themselves (report 3.5).
     fused_cast: what if FP8 casts happened on the way into the chip.
@@ -90,6 +91,7 @@ class Hardware:
   fast: float = 0.0
   slow: float = 0.0
   fast_devices: int = 1
+  hops: float = 1.0
   sms: int = 0
   comm_sms: int = 0
   native_scales: bool = False
@@ -101,7 +103,7 @@ class Hardware:
   note: str = ""
 
   def __post_init__(self):
-    for name in ("bf16", "fp8", "fp32", "memory", "bandwidth", "fast_devices"):
+    for name in ("bf16", "fp8", "fp32", "memory", "bandwidth", "fast_devices", "hops"):
       if getattr(self, name) <= 0:
         raise ConfigError(f"hardware: {name}={getattr(self, name)} must be positive")
     for name in ("vector", "fast", "slow", "sms", "comm_sms", "price"):
@@ -150,16 +152,15 @@ def _presets() -> dict[str, Hardware]:
           note="shares of a Hopper assumed; no promotion: scales of 1x32 (MX) in the matrix units"),
       # Cloud TPU's pages of v5p and TPU7x, per chip: peaks (no FP8 units on v5p), GiB, GB/s, ICI
       # both ways 1,200 GB/s, DCN 50 and 100 Gb/s. fp32: six bf16 passes. ICI is a torus of three
-      # dimensions: an all-to-all among 64 chips crosses three links on average, so a third of what
-      # a chip sends is its own.
+      # dimensions: within a cube of 4 x 4 x 4 a row crosses three links on average.
       "v5p": Hardware(
           "TPU v5p", bf16=459e12, fp8=459e12, fp32=459e12 / 6, memory=95 * 2**30,
           bandwidth=2765e9, fast=600e9, slow=6.25e9, fast_devices=8960,
-          shares=Shares(fast=1 / 3), note="shares of a Hopper assumed, but for the torus"),
+          hops=3.0, note="shares of a Hopper assumed"),
       "ironwood": Hardware(
           "TPU7x (Ironwood)", bf16=2307e12, fp8=4614e12, fp32=2307e12 / 6, memory=192 * 2**30,
           bandwidth=7380e9, fast=600e9, slow=12.5e9, fast_devices=9216,
-          shares=Shares(fast=1 / 3), note="shares of a Hopper assumed, but for the torus"),
+          hops=3.0, note="shares of a Hopper assumed"),
   }
 
 

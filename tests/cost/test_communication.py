@@ -92,6 +92,8 @@ def test_what_does_not_travel():
   assert all(e.slow == 0 and e.seconds > 0 for e in exchange(mesh=Mesh(gpu=8)).values())
   wide = exchange(dataclasses.replace(H800, fast_devices=72))
   assert all(e.slow == 0 and e.seconds > 0 for e in wide.values())
+  torus = exchange(dataclasses.replace(H800, fast_devices=72, hops=3.0))
+  assert torus["combine"].seconds == pytest.approx(3 * wide["combine"].seconds)
   padded = exchange(dispatch=Dispatch(factor=1.5))
   assert padded["combine"].slow == pytest.approx(1.5 * exchange()["combine"].slow)
 
