@@ -108,17 +108,19 @@ def test_states(tmp_path):
 
 @pytest.mark.parametrize("seen", [0, 1, 7, 30, 1000])
 def test_steps_of_a_run_whose_batch_grows(tmp_path, seen):
-  """Oracle: the schedule that training follows (train/schedules.py), from any step on."""
-  from dsv3_jax.train import schedules
-
+  """Oracle: the ramp walked step by step, from the start; the reader begins at any step."""
   config = _config(**{"data.batch_size": 16, "data.batch_start": 2, "data.microbatch": 2,
                       "data.batch_ramp_until": 0.5, "train.tokens": 10_001.0})
-  schedule = schedules.batch_schedule(config.data, config.train.tokens)
-  seen = min(seen, schedule.total_steps)
-  lines = "".join(json.dumps({"kind": "train", "step": i, "tokens": schedule.tokens_before(i),
-                              "loss": 1.0}) + "\n" for i in range(1, seen + 1))
+  tokens, ramp = [0], config.data.ramp(config.train.tokens)
+  while tokens[-1] < config.train.tokens:
+    batch = [size for first, size in ramp if first <= tokens[-1]][-1]
+    tokens.append(tokens[-1] + batch * config.data.sequence_length)
+  total = len(tokens) - 1
+  seen = min(seen, total)
+  lines = "".join(json.dumps({"kind": "train", "step": i, "tokens": tokens[i], "loss": 1.0}) + "\n"
+                  for i in range(1, seen + 1))
   found = progress.Follower(_workdir(tmp_path / "run", lines, config)).read()
-  assert (found.step, found.total) == (seen, schedule.total_steps)
+  assert (found.step, found.total) == (seen, total)
 
 
 def test_sparkline():
