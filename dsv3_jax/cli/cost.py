@@ -151,7 +151,9 @@ def _content(args: argparse.Namespace, cfg: Config, found: Any, texts: tuple[str
       "mesh": dataclasses.asdict(mesh), "recipe": runtime.recipe, "remat": runtime.remat,
       "sequence_length": cfg.data.sequence_length, "batch_size": cfg.data.batch_size,
       **found.to_dict(),
-      "memory": memory.estimate(cfg).to_dict(), "memory_needed": needed.estimate(cfg).to_dict(),
+      "memory": memory.estimate(cfg, "cpu" if hw.name.lower().startswith("cpu") else "gpu"
+                                ).to_dict(),
+      "memory_needed": needed.estimate(cfg).to_dict(),
       "budget": [dataclasses.asdict(p) for p in budget.training(cfg, hw, extended=reported)],
       "what_if": [c._asdict() for c in (whatif.changes(cfg, hw, texts) if texts else ())],
       "report": [dataclasses.asdict(r) | {"error": r.error, "within": r.within} for r in rows]}
