@@ -1,5 +1,6 @@
 """Pages, tables and figures of comparisons, and `dsv3 report` of several runs."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -91,7 +92,7 @@ def test_numbers_in_the_table(made):
   head, _, base, deeper, none = compare_report.table(made).splitlines()
   mean, deviation = (made.arm("none").spread("loss")[i] for i in (1, 2))
   d = made.differences["none"]
-  assert head.startswith("| arm | seeds | validation loss | less base's | p, adjusted | bits per byte |")
+  assert head.startswith("| arm | seeds | validation loss | less base's | p, adjusted | bits per ")
   assert base.startswith("| base (baseline) | 3 | ") and " | - | - | " in base
   assert none.startswith(
       f"| none | 3 | {mean:.4f} ± {deviation:.4f} | {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] | "
@@ -146,10 +147,21 @@ def test_curves(made):
   line = compare_plots.compute(made).axes[0].lines[2]
   tokens = of(arm, "tokens")[0] * arm.first["flops_per_token"]
   assert line.get_xdata()[-1] == pytest.approx(tokens[-1] / 1e12)  # TFLOP
-  figure = compare_plots.expert_load(made)
-  shown = np.array(figure.axes[0].collections[0].get_array()).reshape(-1)
-  np.testing.assert_allclose(shown, np.ravel(base.first["load_LE"]))
-  assert len({a.collections[0].get_clim() for a in figure.axes[:3]}) == 1
+
+
+def test_expert_load(made):
+  """Oracle: the records' loads; one scale for all, whose end is a whole number above the largest.
+  """
+  run = made.arms[2].runs[0]
+  load_LE = 3 * np.array(run.record["load_LE"])[:2, ::-1]
+  run = dataclasses.replace(run, record=run.record | {"load_LE": load_LE.tolist()})
+  arm = dataclasses.replace(made.arms[2], runs={0: run})
+  figure = compare_plots.expert_load(dataclasses.replace(made, arms=(*made.arms[:2], arm)))
+  for axes, expected in zip(figure.axes, (made.arms[0].first["load_LE"],
+                                          made.arms[1].first["load_LE"], load_LE), strict=False):
+    shown = np.array(axes.collections[0].get_array())
+    np.testing.assert_allclose(shown.reshape(-1), np.ravel(expected))
+    assert axes.collections[0].get_clim() == (0, np.ceil(load_LE.max()))
 
 
 def test_runs_that_have_nothing_yet(tmp_path):
