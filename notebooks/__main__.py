@@ -2,6 +2,7 @@
 
     python -m notebooks                execute all
     python -m notebooks 2_mla 5        those whose names begin so
+    python -m notebooks --text         only Markdown changed: keep the outputs, execute nothing
 
 NAME.py is the source. NAME.ipynb is made from it: the same cells, their outputs, and in its
 metadata a fingerprint of the cells that were executed, by which the tests see that the outputs
@@ -100,8 +101,9 @@ def execute(notebook: nbformat.NotebookNode, mode: str, timeout: float = 3600, f
   paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
   environment = os.environ | {"DSV3_NOTEBOOK": mode, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
                               "PYTHONPATH": os.pathsep.join(paths)}
-  client = nbclient.NotebookClient(notebook, timeout=timeout, record_timing=False,
-                                   resources={"metadata": {"path": str(HERE)}})
+  client = nbclient.NotebookClient(
+      notebook, timeout=timeout, record_timing=False, coalesce_streams=True,
+      resources={"metadata": {"path": str(HERE)}})
   client.execute(env=environment)
   notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
   return notebook
@@ -137,10 +139,23 @@ def stamp() -> None:
       path.write_text(stamped, encoding="utf-8")
 
 
-def refresh(name: str) -> None:
+def with_outputs(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
+  """The notebook with the committed outputs; the process ends where they are of other code."""
+  known = committed(name)
+  if known.metadata["dsv3"]["fingerprint"] != fingerprint(notebook):
+    sys.exit(f"{name}: code cells changed; execute it, without --text")
+  outputs = iter([c for c in known.cells if c.cell_type == "code"])
+  for cell in notebook.cells:
+    if cell.cell_type == "code":
+      cell.outputs = next(outputs).outputs
+  return notebook
+
+
+def refresh(name: str, text: bool) -> None:
   """Executes a notebook and writes its .ipynb; its .py gets jupytext's form."""
   (HERE / f"{name}.py").write_text(script(source(name)), encoding="utf-8")
-  notebook = execute(source(name), "static")
+  notebook = source(name)
+  notebook = with_outputs(notebook, name) if text else execute(notebook, "static")
   for cell in notebook.cells:
     if cell.cell_type == "code":
       cell.execution_count = None
@@ -159,12 +174,14 @@ def refresh(name: str) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m notebooks", description=__doc__.split("\n")[0])
   parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names; default: all")
-  chosen = tuple(parser.parse_args().names)
+  parser.add_argument("--text", action="store_true", help="only Markdown changed: keep outputs")
+  args = parser.parse_args()
+  chosen = tuple(args.names)
   stamp()
   for name in names():
     if not chosen or name.startswith(chosen):
       began = time.monotonic()
-      refresh(name)
+      refresh(name, args.text)
       size = (HERE / f"{name}.ipynb").stat().st_size
       print(f"{name}: {time.monotonic() - began:.0f} s, {size / 1e3:.0f} kB", flush=True)
 
