@@ -14,15 +14,6 @@ import time
 folder, pause = sys.argv[1], float(sys.argv[2])
 with open(os.path.join(folder, "arm-config.json")) as file:
   config = json.load(file)
-
-
-def note(name):
-  with open(os.path.join(folder, name), "a") as file:
-    file.write(f"{os.getpid()} {time.time()} {sorted(os.sched_getaffinity(0))}\n")
-
-
-note("starts")
-atexit.register(note, "ends")
 stopped = []
 signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
 
@@ -31,6 +22,15 @@ batch = config["data"]["batch_size"] * config["data"]["sequence_length"]
 total = round(config["train"]["tokens"] / batch)
 saved, metrics = os.path.join(folder, "saved"), os.path.join(folder, "metrics.jsonl")
 step = int(open(saved).read()) if os.path.exists(saved) else 0
+
+
+def note(name):
+  with open(os.path.join(folder, name), "a") as file:
+    file.write(f"{os.getpid()} {time.time()} {step} {sorted(os.sched_getaffinity(0))}\n")
+
+
+note("starts")
+atexit.register(note, "ends")
 lines = open(metrics).read().splitlines()[:step] if step else []
 with open(metrics, "w") as file:
   file.writelines(line + "\n" for line in lines)

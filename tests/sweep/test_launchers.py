@@ -125,8 +125,9 @@ def test_warned_job_saves_and_its_arm_goes_on(tmp_path, monkeypatch):
   assert found.state == "done" and found.arm["launcher"] == "slurm"
   assert (found.step, found.loss, found.losses) == (
       undisturbed.step, undisturbed.loss, undisturbed.losses)
-  starts = (row.folder / "starts").read_text().splitlines()
-  assert len(starts) == 2 and found.arm["seconds"] > sweeping.STEPS * 0.05
+  starts = [int(line.split()[2]) for line in (row.folder / "starts").read_text().splitlines()]
+  assert len(starts) == 2 and starts[0] == 0 < starts[1] < sweeping.STEPS
+  assert found.arm["seconds"] > sweeping.STEPS * 0.05
 
 
 class _Client:

@@ -104,17 +104,20 @@ def test_arms_outlive_a_killed_sweep(tmp_path):
   assert set(_starts(tmp_path).values()) == {1}
 
 
-def test_training_that_lost_its_keeper_is_left_alone(tmp_path):
-  """Law: where only the training process survived, nobody starts the arm until it has ended."""
-  process = _process(tmp_path, 0.2, jobs=1)
+@pytest.mark.parametrize("sweep_too", [True, False])
+def test_training_that_lost_its_keeper_is_left_alone(tmp_path, sweep_too):
+  """Law: where the process that started the training was killed, nobody starts the arm again until
+  the training has ended; a sweep that goes on waits for it like one that comes later."""
+  process = _process(tmp_path, 0.1, jobs=1)
   _until(_saved(tmp_path, 1))
   folder = next(tmp_path.glob("arms/*/saved")).parent
-  process.kill()
+  if sweep_too:
+    process.kill()
   os.kill(pool.read_arm(folder)["pid"], signal.SIGKILL)
-  process.communicate()
   assert not (folder / "ends").exists() and pool.claim(folder) is None
-  its = sweep(sweep().arms[0])
-  assert sweeping.run(tmp_path, its).exit_code == 0
+  process.communicate()
+  assert sweep_too or process.returncode == 0
+  assert sweeping.run(tmp_path, sweep(sweep().arms[0])).exit_code == 0
   starts, ends = ([float(line.split()[1]) for line in (folder / name).read_text().splitlines()]
                   for name in ("starts", "ends"))
   assert len(starts) == len(ends) == 2 and ends[0] < starts[1]
@@ -177,7 +180,7 @@ def test_two_sweeps_at_once(tmp_path):
 def test_arms_at_once_have_their_own_cores(tmp_path):
   """Law: what runs at once shares no core, and together they have all."""
   sweeping.run(tmp_path, sweep(arm("a", optim_lr=0.1), arm("b", optim_lr=0.2)), jobs=2, pause=0.02)
-  seen = [json.loads(path.read_text().split(" ", 2)[2]) for path in tmp_path.glob("arms/*/starts")]
+  seen = [json.loads(path.read_text().split(" ", 3)[3]) for path in tmp_path.glob("arms/*/starts")]
   assert sorted(seen[0] + seen[1]) == local.cores()
 
 
