@@ -158,9 +158,15 @@ def layer(cfg: config.Config, s: Shape, moe: bool, remat: str, place: str = "loo
   return _attention(of) | _swiglu(of, cfg.model.dense_ffn_dim, 2, "feed-forward")
 
 
-def _norm(item: int) -> int:
-  """Bytes a value of RMSNorm's input: kept are it and two products, in bf16 also its fp32 copy."""
-  return 12 if item == FP32 else 10
+def norm(item: int, place: str) -> int:
+  """Bytes a value of RMSNorm's input that are kept.
+
+  It and two products, of which one is twice the input, which XLA makes again outside of a loop; in
+  bf16 also its fp32 copy.
+  """
+  if item == FP32:
+    return 8 if place == "straight" else 12
+  return 10
 
 
 def _attention(of: _Layer) -> dict[str, int]:
@@ -181,7 +187,7 @@ def _attention(of: _Layer) -> dict[str, int]:
   else:  # quantized once for all that read it; the projection after attention has a copy of its own
     found["linear inputs"] = sum(operand(texts.fprop_x, P, n, item) for n, _ in inputs if n) + (
         0 if joined else operand(texts.output_cache, P, H * U, item))
-  found["norms"] = P * _norm(item) * (2 * D + (0 if gqa else Q + C))
+  found["norms"] = P * norm(item, of.place) * (2 * D + (0 if gqa else Q + C))
   found["queries, keys, values"] = P * item * H * (2 * K + U)  # of every head, repeated in gqa
   return found
 

@@ -13,7 +13,7 @@ def ends(cfg: config.Config, s: Shape) -> dict[str, int]:
   """Residuals outside the layers: embedding, last norms, MTP's input, gradients of the heads' h."""
   model, item, P = cfg.model, kept.itemsize(cfg.runtime), s.tokens
   D, K = model.dim, model.mtp_depth
-  norm = 12 if item == FP32 else 10
+  norm = kept.norm(item, "straight" if s.cpu and cfg.runtime.schedule == "none" else "stage")
   remat = "none" if cfg.runtime.schedule == "none" and not kept.looped(cfg.runtime, K) else (
       cfg.runtime.remat)
   found = {"embedding and last norm": P * D * (item + norm), "gradient of the head's input":
