@@ -4,13 +4,12 @@
     python -m benchmarks.cost --only tiny
     python -m benchmarks.cost --gpu v3.json       a step on a GPU, as benchmarks.gpu_train wrote it
 
-On the CPU, what is predicted with and what is predicted take turns: numpy's matmul and copy (0.2 s,
-as `--hardware=cpu` does) and then some steps, so that what else the machine does meets both; the
-ratio is the median of the pairs'. There the model counts matmuls at numpy's best rate and other
-work at copying speed. It knows nothing of small matmuls' lower rate, of experts' padding and of
-loops, so that it predicts too little: the ratio, measured over predicted, says how much. On a
-machine that is busy numpy's threads wait for each other and the ratio means nothing; results/
-train_step.json, from a quiet one, gives 1.2 to 1.6 (tests/cost/test_report.py).
+On the CPU, what is predicted with and what is predicted take turns: numpy's matmul and copy, as
+`--hardware=cpu` measures them, and then a step; the ratio is the median of the pairs'. There the
+model counts matmuls at the cores' best rate and other work at copying speed. It knows nothing of
+small matmuls' lower rate, of experts' padding, of loops and of other programs, so that it predicts
+too little: the ratio, measured over predicted, says how much. results/train_step.json, from a quiet
+machine, gives 1.2 to 1.6 (tests/cost/test_report.py).
 
 For a GPU no measurement is kept yet: `make gpu` on one H100 writes the files that --gpu reads.
 """

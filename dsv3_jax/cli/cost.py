@@ -23,7 +23,7 @@ DESCRIPTION = (
     "(dsv3_jax/cost/hardware.py says which); no whole step was fitted. Kernel launches are not\n"
     "counted: models of a few million parameters come out too fast on a GPU. For the report's\n"
     "model the report's numbers stand beside ours, with the error and its reasons.\n\n"
-    "--hardware: h800, h100, h200, b200, v5p, ironwood; cpu, measured here in 0.2 s; or a JSON\n"
+    "--hardware: h800, h100, h200, b200, v5p, ironwood; cpu, measured here in a moment; or a JSON\n"
     "file with the fields of dsv3_jax/cost/hardware.py, all or those that differ from a \"base\":\n"
     "  {\"base\": \"h100\", \"name\": \"ours\", \"slow\": 25e9, \"price\": 1.8}\n\n"
     "--what-if:\n"

@@ -24,7 +24,9 @@ Other devices inherit these shares unless their own are known: an assumption, no
 import dataclasses
 import difflib
 import json
-import time
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -220,43 +222,46 @@ def to_json(hardware: Hardware) -> str:
   return json.dumps(dataclasses.asdict(hardware), indent=2)
 
 
+_CORE = """
+import sys, time
+import numpy as np
+a, out = np.ones((512, 512), np.float32), np.empty((512, 512), np.float32)
+source, best = np.ones(2**23, np.float32), [1e9, 1e9]
+target = np.empty_like(source)
+calls = lambda: np.matmul(a, a, out=out), lambda: np.copyto(target, source)
+for i, call in enumerate(calls):
+  call()
+  end = time.perf_counter() + float(sys.argv[1]) / 2
+  while time.perf_counter() < end:
+    start = time.perf_counter()
+    call()
+    best[i] = min(best[i], time.perf_counter() - start)
+print(2 * 512**3 / best[0], 2 * source.nbytes / best[1])
+"""
+
+
 def measure_cpu(seconds: float = 0.2) -> Hardware:
   """This machine: fp32 matmul and memory bandwidth, measured with numpy.
 
-  The best of a few repetitions, so that other programs disturb less. Shares are 1, since what is
-  measured is what is reached; links there are none.
+  A process with one thread measures one core, and the cores multiply: threads of several would wait
+  for each other wherever another program holds a core, which makes numpy's matmul a tenth as fast
+  on a busy machine. The best of many short calls counts, for the same reason. Shares are 1, since
+  what is measured is what is reached; links there are none.
 
   Args:
-    seconds: to spend, half on each.
+    seconds: to spend, half on each, besides some 0.2 s to start.
   """
-  import os
-
-  import numpy as np
-
-  n = 1024
-  a_NN = np.ones((n, n), np.float32)
-  out_NN = np.empty_like(a_NN)
-  flops = 2 * n**3 / _quickest(lambda: np.matmul(a_NN, a_NN, out=out_NN), seconds / 2)
-  source_N = np.ones(2**23, np.float32)  # 32 MiB: beyond most caches
-  target_N = np.empty_like(source_N)
-  rate = 2 * source_N.nbytes / _quickest(lambda: np.copyto(target_N, source_N), seconds / 2)
+  threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+  done = subprocess.run([sys.executable, "-c", _CORE, str(seconds)], env=os.environ | threads,
+                        capture_output=True, text=True, check=True, timeout=60)
+  core, rate = map(float, done.stdout.split())
+  flops = core * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                  else os.cpu_count() or 1)
   try:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   except (AttributeError, ValueError, OSError):
     memory = 8 * 2**30
-  everything = Shares(**{f.name: 1.0 for f in dataclasses.fields(Shares)})
+  ones = Shares(**{f.name: 1.0 for f in dataclasses.fields(Shares)})
   return Hardware("CPU (measured)", bf16=flops, fp8=flops, fp32=flops, memory=float(memory),
-                  bandwidth=rate, fused_attention=False, shares=everything,
+                  bandwidth=rate, fused_attention=False, shares=ones,
                   note="bf16 and fp8 counted as fp32; shares of 1")
-
-
-def _quickest(call, seconds: float) -> float:
-  call()
-  best, end = float("inf"), time.perf_counter() + seconds
-  while True:
-    start = time.perf_counter()
-    call()
-    now = time.perf_counter()
-    best = min(best, now - start)
-    if now >= end:
-      return best
