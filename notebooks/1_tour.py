@@ -39,7 +39,7 @@ from IPython.display import HTML, Markdown
 from dsv3_jax import config, counts
 from dsv3_jax.analysis import plots, workdir
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.train import evaluate, run, sample, state
+from dsv3_jax.train import evaluate, metrics, run, sample, state
 
 # %matplotlib inline
 plt.rcParams["figure.dpi"] = 100  # a figure on a cell's last line is shown
@@ -154,8 +154,10 @@ cfg = config.Config(
     train=config.Train(tokens=steps * batch * length, eval_every=max(steps // 4, 2), eval_batches=2,
                        checkpoint_every=steps, sample_tokens=0))
 folder = tempfile.mkdtemp()
-result = run(cfg, folder)
-print(f"finished: {result.finished}, after {result.step} steps")
+result = run(cfg, folder, ui=None if MODE == "live" else metrics.Silent())
+final = result.summary["final"]
+print(f"{result.step} steps; validation loss {final['loss']:.2f} nats a token, "
+      f"{final['bits_per_byte']:.2f} bits a byte")
 
 # %% [markdown]
 # ## Curves

@@ -117,10 +117,10 @@ def printed(cell: nbformat.NotebookNode) -> str:
       texts.append(output.text)
     elif output.output_type in ("execute_result", "display_data"):
       if "text/markdown" in output.data:
-        texts.append(output.data["text/markdown"])
+        texts.append(output.data["text/markdown"] + "\n")
       elif set(output.data) == {"text/plain"}:
-        texts.append(output.data["text/plain"])
-  return "\n".join(texts)
+        texts.append(output.data["text/plain"] + "\n")
+  return "".join(texts)
 
 
 def smaller(png: str) -> str:
