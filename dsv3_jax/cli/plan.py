@@ -104,8 +104,8 @@ def _print(cfg, args: argparse.Namespace, search: "plan.Search", found: "plan.Fo
   for i, (p, program) in enumerate(zip(found.best, programs, strict=True), 1):
     c = p.choice
     table.add_row(str(i), str(c.pipe), str(c.data), f"{c.node} x {c.gpu}", c.schedule,
-                  str(c.sequences), c.remat, str(c.zero), f"{p.step:.2f} s",
-                  f"{p.time.breakdown['bubble'] / p.step:.0%}", f"{p.time.mfu():.1%}",
+                  str(c.sequences), c.remat, str(c.zero), plan.seconds(p.step),
+                  f"{max(p.time.breakdown['bubble'], 0) / p.step:.0%}", f"{p.time.mfu():.1%}",
                   f"{p.memory.total / 1e9:.1f} GB", f"{program / 1e9:.1f} GB")
   console.print(table)
   console.print("\nWhy the others lose, each with its best plan against the first:")

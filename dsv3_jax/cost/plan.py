@@ -252,4 +252,9 @@ def slower(plan: Plan, winner: Plan) -> str:
   if behind < 0.002 * winner.step:
     return "no slower to speak of"
   longer = sorted(((n, s) for n, s in parts.items() if s > 0.05 * behind), key=lambda p: -p[1])
-  return f"+{behind:.2f} s: " + ", ".join(f"{name} +{s:.2f}" for name, s in longer[:3])
+  return f"+{seconds(behind)}: " + ", ".join(f"{name} +{seconds(s)}" for name, s in longer[:3])
+
+
+def seconds(value: float) -> str:
+  """Readable: 19.82 s, 7.4 ms."""
+  return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"

@@ -18,6 +18,7 @@ from dsv3_jax.model.cut import Kind, cut
 from dsv3_jax.parallel import schedules
 
 SEQUENCES = (1, 2, 4, 8)  # of a micro-batch on one device
+ROOM = 1.5  # of dispatch's buffers, over the mean share
 REMATS = ("none", "report", "layer")
 
 
@@ -116,13 +117,16 @@ def configured(cfg: config.Config, choice: Choice, layers: tuple[int, ...] = (),
   """The config of a choice; `batch`: with another batch.
 
   A ramp begins with whole micro-batches, and as many as the schedule wants (data.batch_start). A
-  cut of the vocabulary that does not come out even is left out.
+  cut of the vocabulary that does not come out even is left out. Buffers of dispatch that have room
+  for the worst case (factor 0), which no memory has, get ROOM times the mean share.
   """
   r, micro = cfg.runtime, choice.sequences * choice.shards
   runtime = dataclasses.replace(
       r, mesh=config.Mesh(choice.pipe, choice.data, choice.node, choice.gpu),
       pipeline=config.Pipeline(choice.schedule, layers), remat=choice.remat, zero=choice.zero,
-      shard_vocab=r.shard_vocab and cfg.model.vocab_size % choice.experts == 0)
+      shard_vocab=r.shard_vocab and cfg.model.vocab_size % choice.experts == 0,
+      dispatch=dataclasses.replace(r.dispatch, factor=ROOM) if choice.experts > 1 and (
+          not r.dispatch.factor) else r.dispatch)
   least = 2 * choice.pipe if choice.schedule.startswith("dualpipe") else 1
   start = max(-(-cfg.data.batch_start // micro), least) * micro
   if batch or not cfg.data.batch_start or start >= cfg.data.batch_size:

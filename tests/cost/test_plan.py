@@ -155,7 +155,7 @@ def test_command(capsys):
   assert cli.run(args) == 0
   out = capsys.readouterr().out
   assert "Why the others lose" in out and "dsv3 train --config=" in out
-  assert f"{content['best'][0]['step_s']:.2f} s" in out
+  assert plan.seconds(content["best"][0]["step_s"]) in out
   assert cli.run(["plan", f"--config={V3}", "--gpus=0"]) == 2
   assert "--gpus=0 must be positive" in capsys.readouterr().err
   with pytest.raises(ConfigError, match="nothing fits: H800 has 76.0 GB"):
