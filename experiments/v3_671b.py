@@ -36,7 +36,8 @@ def get_config() -> Config:
       model=preset("v3_671b"),
       runtime=Runtime(
           compute_dtype="bfloat16", remat="report", recipe="v3",
-          mesh=Mesh(pipe=16, node=8, gpu=8), pipeline=Pipeline(schedule="dualpipe_v"),
+          mesh=Mesh(pipe=16, node=8, gpu=8),
+          pipeline=Pipeline("dualpipe_v", layers=(0, *[2] * 14, 3, *[2] * 15, 0)),
           dispatch=Dispatch(factor=1.5), shard_vocab=True, zero=1),
       optim=Optim(
           mu_dtype="bfloat16", nu_dtype="bfloat16",
