@@ -27,8 +27,13 @@ EXAMPLES = (
     "  dsv3 sweep --config=experiments/ablate_mtp.py:cpu --workdir=runs/ablations --dry-run\n"
     "  dsv3 sweep --config=experiments/ablate_mtp.py:cpu --workdir=runs/ablations\n"
     "  dsv3 sweep --config=experiments/ablate_mtp.py:cpu --workdir=runs/ablations --jobs=2 \\\n"
-    "    --seeds=0,1 --only='depth 0,depth 1' --config.optim.lr=3e-4\n"
-    "  dsv3 sweep --config=experiments/ablate_mtp.py:cpu --workdir=runs/ablations --rerun=failed")
+    "    --seeds=0,1 --only='no MTP,depth 1' --config.optim.lr=3e-4\n"
+    "  dsv3 sweep --config=experiments/ablate_mtp.py:cpu --workdir=runs/ablations --rerun=failed\n"
+    "  dsv3 sweep --config=experiments/ablate_mtp.py:gpu --hardware=h100 --price=2 --dry-run\n"
+    "  dsv3 sweep --config=experiments/ablate_mtp.py:gpu --workdir=shared/mtp --launcher=slurm \\\n"
+    "    --gpus-per-node=1 --partition=gpu --time=8:00:00 --slurm.qos=high\n"
+    "  dsv3 sweep --config=experiments/ablate_mtp.py:gpu --workdir=shared/mtp --launcher=ray \\\n"
+    "    --gpus-per-node=1 --address=http://10.0.0.1:8265")
 OVERRIDABLE = True
 FREE = ("--slurm.",)
 
@@ -89,19 +94,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   """Runs the command."""
   from dsv3_jax import host
-  from dsv3_jax.sweep import estimate, runner, table
+  from dsv3_jax.sweep import estimate, rows, runner, table
   from dsv3_jax.sweep.pool import Pool
 
   sweep = select(load_sweep(args.config, args.overrides), args.seeds, args.only)
   folder = args.workdir or default_workdir(args.config)
   pool = Pool(folder, write=not args.dry_run)
   launcher = _launcher(args, pool.folder)
-  found = runner.rows(sweep, pool, args.records, host.code())
+  found = rows.look(sweep, pool, args.records, host.code())
   estimator = estimate.Estimator(pool, launcher.jobs, **_costs(args))
   for row in found:
     if row.progress.state == "done":
       estimator.learn(row.arm.config, row.progress)
-  print(plan(sweep, found, estimator, runner.again(found, args.rerun), str(folder)))
+  print(plan(sweep, found, estimator, rows.again(found, args.rerun), str(folder)))
   if args.dry_run:
     return 0
   keep = dict(records=args.records, rerun=args.rerun, drop_checkpoints=args.drop_checkpoints)

@@ -1,7 +1,7 @@
 """Runs the arms of a sweep: what is finished is skipped, what was interrupted goes on.
 
-    rows = runner.rows(sweep, pool, records)          # what there is to do
-    outcome = runner.run(sweep, pool, Local(jobs=2), rows=rows, ...)
+    found = rows.look(sweep, pool, records)           # what there is to do
+    outcome = runner.run(sweep, pool, Local(jobs=2), found, records=records)
 
 All that is known of an arm is in its folder (pool.py), so that any number of sweeps, in any order
 and at once, may run over one pool: they look before each start, and an arm's claim decides.
@@ -16,58 +16,22 @@ import signal
 import socket
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax import config as config_lib
-from dsv3_jax import host
+from dsv3_jax import files, host
 from dsv3_jax.sweep import calibrate as calibrate_lib
 from dsv3_jax.sweep import corpus, estimate, job, table
 from dsv3_jax.sweep import pool as pool_lib
-from dsv3_jax.sweep.arm import Arm, Sweep
+from dsv3_jax.sweep import rows as rows_lib
+from dsv3_jax.sweep.arm import Sweep
 from dsv3_jax.sweep.pool import Pool, SweepError
-from dsv3_jax.sweep.progress import OVER, RUNNING, Follower, Progress
+from dsv3_jax.sweep.progress import OVER, RUNNING, Follower
+from dsv3_jax.sweep.rows import Row
 
-RERUNS = ("failed", "stale", "all")
 _LOW = 64 * 2**20  # bytes free below which a failed arm is put down to the disk
-
-
-@dataclasses.dataclass
-class Row:
-  """An arm of the sweep as it stands.
-
-  Attributes:
-    stale: it finished with other training code than today's.
-    recorded: its record is there.
-    held: why it is not started again in this sweep, or "".
-  """
-
-  arm: Arm
-  folder: Path
-  follower: Follower
-  progress: Progress
-  stale: bool = False
-  recorded: bool = False
-  held: str = ""
-
-  @property
-  def note(self) -> str:
-    """For the table's last column."""
-    p = self.progress
-    if p.state == "failed":
-      return ((p.arm.get("error") or ["?"])[-1])[:120]
-    if self.held:
-      return self.held
-    if p.state == "done":
-      parts = ["from its record"] if not p.arm.get("state") else []
-      return ", ".join(parts + [f"stale: trained at {p.arm.get('commit') or 'another commit'}"]
-                       * self.stale)
-    return ""
-
-  @property
-  def shown(self) -> tuple[str, int, Progress, str]:
-    return self.arm.name, self.arm.seed, self.progress, self.note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,67 +49,6 @@ class Outcome:
   @property
   def exit_code(self) -> int:
     return 128 + self.received if self.received else 1 if self.failed else 0
-
-
-def rows(sweep: Sweep, pool: Pool, records: str | None = None, code: str | None = None
-         ) -> list[Row]:
-  """The arms with what is there of each; makes nothing.
-
-  Args:
-    sweep: of `cli.configs.load_sweep`.
-    pool: its folder.
-    records: folder of records (analysis.records): an arm whose record is there is done.
-    code: of today's training (`host.code`), by which finished arms are stale or not.
-  """
-  code = host.code() if code is None else code
-  found = []
-  for arm in sweep.arms:
-    folder = pool.arm(arm)
-    follower = Follower(folder)
-    row = Row(arm, folder, follower, follower.read())
-    known = _record(records, arm) if records else None
-    row.recorded = known is not None
-    if known is not None and row.progress.state != "done":
-      row.progress = _from_record(known, folder)
-      trained_by = known.get("arm", {}).get("code")
-    else:
-      trained_by = row.progress.arm.get("code")
-    row.stale = row.progress.state == "done" and bool(trained_by) and trained_by != code
-    found.append(row)
-  return found
-
-
-def _record(folder: str, arm: Arm) -> dict[str, Any] | None:
-  """An arm's record, if it is of the very same config."""
-  from dsv3_jax.analysis import records
-
-  found = records.find(folder, arm.id)
-  if found is None:
-    return None
-  with contextlib.suppress(config_lib.ConfigError, KeyError):
-    if config_lib.from_dict(found["config"]) == arm.config:
-      return found
-  return None
-
-
-def _from_record(known: dict[str, Any], folder: Path) -> Progress:
-  final, curve = known.get("final", {}), known.get("curve", {})
-  points = tuple((s, v) for s, v in zip(curve.get("step", ()), curve.get("loss", ()), strict=False)
-                 if v is not None)
-  return Progress(folder, "done", known.get("steps", 0), known.get("steps"), points,
-                  final.get("train_loss"), final.get("loss"), final.get("max_vio"),
-                  known.get("tokens_per_s"), None, known.get("seconds"),
-                  arm={"commit": known.get("commit")})
-
-
-def again(rows_: Sequence[Row], which: str) -> list[Row]:
-  """Those rows that --rerun=WHICH repeats."""
-  def wanted(row: Row) -> bool:
-    state = row.progress.state
-    return {"": False, "failed": state == "failed", "stale": row.stale,
-            "all": state not in RUNNING and state != "waiting"}[which]
-
-  return [row for row in rows_ if wanted(row)]
 
 
 class _Signals(contextlib.AbstractContextManager):
@@ -213,6 +116,7 @@ class _Run:
 
   def loop(self, signals: _Signals, poll_s: float) -> None:
     """Starts and follows arms until none is left that could run."""
+    said = False
     while True:
       ended = self.launcher.poll()
       self.look()
@@ -221,6 +125,10 @@ class _Run:
           self.settle(row, ended[row.folder], signals)
       if not signals.received and not self.full:
         self.start()
+      if signals.received and self.launcher.running and not said:
+        said = True
+        self.ui.note(f"{signal.Signals(signals.received).name}: the arms that run are saving; a "
+                     "second signal ends them at once")
       self.ui.show([row.shown for row in self.rows], self.summary())
       waiting = any(r.progress.state in RUNNING or self.startable(r) for r in self.rows)
       if not self.launcher.running and (signals.received or self.full or not waiting):
@@ -245,10 +153,11 @@ class _Run:
     if self.records and not row.recorded:
       from dsv3_jax.analysis import records
 
-      records.write(row.folder, self.records)
-      row.recorded = True
-      self.ui.note(f"{row.arm.name}, seed {row.arm.seed}: record in "
-                   f"{Path(self.records) / row.arm.id}.json")
+      row.recorded, where = True, f"{row.arm.name}, seed {row.arm.seed}"
+      try:
+        self.ui.note(f"{where}: record in {records.write(row.folder, self.records)}")
+      except config_lib.ConfigError as error:  # files of its workdir are gone
+        self.ui.note(f"{where}: no record: {error}")
     if self.drop:
       shutil.rmtree(row.folder / "checkpoints", ignore_errors=True)
 
@@ -309,7 +218,7 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
     sweep: its arms.
     pool: its folder.
     launcher: `local.Local`.
-    found: of `rows`; looked up where None.
+    found: of `rows.look`; looked up where None.
     ui: `table.Lines` or `table.Live`; that of the terminal where None.
     estimator: for the remaining time.
     records: folder that gets a finished arm's record, and whose records count as finished arms.
@@ -321,7 +230,7 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
   Raises:
     SweepError: the text of the arms cannot be had, the disk is full, an arm to be repeated runs.
   """
-  found = rows(sweep, pool, records) if found is None else found
+  found = rows_lib.look(sweep, pool, records) if found is None else found
   going = _Run(pool, found, launcher, ui or table.terminal(),
                estimator or estimate.Estimator(pool), records, drop_checkpoints)
   signals = _Signals(launcher)
@@ -334,6 +243,9 @@ def run(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = None,
   except KeyboardInterrupt:
     if not signals.received:
       raise
+  except BaseException:
+    launcher.stop(signal.SIGTERM)  # what runs saves; nobody would follow it
+    raise
   if going.full:
     raise SweepError(going.full)
   return Outcome(found, signals.received)
@@ -347,7 +259,7 @@ def submit(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = No
   Called again it does the same with what has failed to run since, and keeps the records of what is
   done. Arguments and errors as `run`'s, with `slurm.Slurm` or `ray_jobs.Ray` as the launcher.
   """
-  found = rows(sweep, pool, records) if found is None else found
+  found = rows_lib.look(sweep, pool, records) if found is None else found
   going = _Run(pool, found, launcher, ui or table.terminal(), estimate.Estimator(pool), records,
                drop_checkpoints)
   with _whole(pool, going.ui):
@@ -387,8 +299,19 @@ def _whole(pool: Pool, ui: Any) -> Iterator[None]:
 
 
 def _begin(sweep: Sweep, going: _Run, rerun: str) -> None:
-  """Makes those arms wait that are to be repeated, and writes the plan."""
-  for row in again(going.rows, rerun):
+  """Makes those arms wait that are to be repeated, and writes the plan.
+
+  Raises:
+    ConfigError: the folder of records cannot be written.
+  """
+  if going.records:
+    try:
+      Path(going.records).mkdir(parents=True, exist_ok=True)
+      files.write_atomic(Path(going.records) / f".{os.getpid()}", "").unlink()
+    except OSError as error:
+      raise config_lib.ConfigError(f"--records={going.records} cannot be written: "
+                                   f"{error.strerror}") from error
+  for row in rows_lib.again(going.rows, rerun):
     _repeat(row, going.pool, anew=rerun != "failed")
   for row in going.rows:
     if row.progress.state == "done":

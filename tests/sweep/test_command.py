@@ -82,7 +82,8 @@ def test_a_sweep_from_plan_to_table(run, tmp_path):
     (["--launcher=slurm", "--slurm.qos"], "--slurm.KEY=VALUE is expected"),
     (["--launcher=slurm", "--nodes=0"], "--nodes=0 must be positive"),
     (["--hardware=h10"], "--hardware=h10"), (["--price=-1"], "must not be negative"),
-    (["--config.optim.lrr=1"], "did you mean"), (["--workdir=/dev/null/x"], "cannot be written")])
+    (["--config.optim.lrr=1"], "did you mean"), (["--workdir=/dev/null/x"], "cannot be written"),
+    (["--records=/dev/null/x"], "--records=/dev/null/x cannot be written")])
 def test_mistakes(run, options, message):
   """Law: exit code 2, and the message names the option and what would be right."""
   code, _, err = run(*options)

@@ -14,7 +14,7 @@ import pytest
 from dsv3_jax import host
 from dsv3_jax.analysis import records
 from dsv3_jax.config import ConfigError
-from dsv3_jax.sweep import local, pool, progress, runner
+from dsv3_jax.sweep import local, pool, progress, rows
 from tests.sweep import sweeping
 from tests.sweep.sweeping import arm, sweep
 
@@ -87,7 +87,7 @@ def test_killed_sweep_comes_to_the_same_table(tmp_path):
       os.kill(int((path / "starts").read_text().split()[0]), signal.SIGKILL)
   process.kill()
   process.communicate()
-  states = [row.progress.state for row in runner.rows(sweep(), pool.Pool(folder))]
+  states = [row.progress.state for row in rows.look(sweep(), pool.Pool(folder))]
   assert states == ["interrupted", "interrupted", "waiting", "waiting"]
   resumed = sweeping.run(folder, jobs=2)
   assert _results(resumed) == undisturbed
@@ -204,9 +204,9 @@ def test_records_count_as_finished(tmp_path, monkeypatch):
   for row in outcome.rows:
     assert records.find(tmp_path / "records", row.arm.id)["final"]["train_loss"] == pytest.approx(
         row.progress.loss)
-  assert not any(r.stale for r in runner.rows(its, pool.Pool(tmp_path / "new"),
+  assert not any(r.stale for r in rows.look(its, pool.Pool(tmp_path / "new"),
                                               str(tmp_path / "records")))
-  assert all(r.stale for r in runner.rows(its, pool.Pool(tmp_path / "new"),
+  assert all(r.stale for r in rows.look(its, pool.Pool(tmp_path / "new"),
                                           str(tmp_path / "records"), code="of another day"))
   path = tmp_path / "records" / f"{its.arms[1].id}.json"
   text = path.read_text()
