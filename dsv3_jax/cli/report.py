@@ -114,17 +114,21 @@ def _plans(args: argparse.Namespace) -> dict[str, Any]:
 
 def _asked(spec: str, known: dict[str, Any]) -> tuple[str, Any]:
   """Name and plan of --sweep: as it was run in a pool, else as its file makes it today."""
-  from dsv3_jax.analysis import gather
   from dsv3_jax.sweep import pool
 
   path, arg = configs.split_spec(spec)
   name = Path(path).stem + (f"-{pool.slug(arg)}" if arg else "")
-  if name in known:
-    return name, _described(known[name])
+  return name, _described(known[name]) if name in known else planned(spec, name)
+
+
+def planned(spec: str, name: str) -> Any:
+  """The `gather.Plan` of an experiment's sweep as its file makes it today."""
+  from dsv3_jax.analysis import gather
+
   sweep = configs.load_sweep(spec)
   question, _, text = sweep.text.partition("\n")
   arms = tuple(gather.Planned(a.name, a.seed, a.id) for a in sweep.arms)
-  return name, gather.Plan(name, sweep.experiment, question, text.strip(), arms)
+  return gather.Plan(name, sweep.experiment, question, text.strip(), arms)
 
 
 def _described(plan: Any) -> Any:
