@@ -200,7 +200,8 @@ def test_experiments_build_and_explain_themselves(path):
   text = path.read_text()
   docstring = text.split('"""')[1]
   assert "?" in docstring.splitlines()[0]
-  for part in ("Run:", f"dsv3 train --config=experiments/{path.name}", "Cost:", "Expected:"):
+  command = "sweep" if path.name.startswith("ablate_") else "train"
+  for part in ("Run:", f"dsv3 {command} --config=experiments/{path.name}", "Cost:", "Expected:"):
     assert part in docstring, f"{path.name} lacks {part}"
 
 

@@ -19,8 +19,6 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 ABLATIONS = [name for name in FILES if name.startswith("ablate_")]
 SCALES = ("cpu", "gpu", "real")
-# Sections of a docstring that a reader looks for.
-HEADS = ("Parent:", "Run:", "Cost:", "Expected:", "Result:")
 
 
 def spec(name, arg=None):
@@ -78,12 +76,9 @@ def test_sweep(name, scale):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_docstring(name):
-  """Law: a reader finds question, parent, command, cost, expectation and result."""
+  """Law: beside what every experiment says, an ablation names its parent and its result's place."""
   text = configs.load_sweep(spec(name)).text
-  assert "?" in text.partition("\n")[0]
-  for head in HEADS:
-    assert f"\n{head}" in text, head
-  assert f"dsv3 sweep --config=experiments/{name}.py:cpu" in text
+  assert "\nParent:" in text and "\nResult:   experiments/RESULTS.md" in text
 
 
 def test_equal_sizes():
