@@ -34,8 +34,6 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-# Compiles in a fraction of the time; the programs are small and run once.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 _ADDRESS = re.compile(r"(github(?:\.com)?)/[\w-]+/dsv3-jax\b")
 
 

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from notebooks import __main__ as notebooks
+from tests import quick
 
 NAMES = notebooks.names()
 VARIES = "varies"  # tag of cells whose output depends on the machine or on the mode
@@ -88,7 +89,8 @@ def test_first_cell_installs(present, monkeypatch):
 def test_executes(name, tmp_path, monkeypatch):
   """Law: in fast mode a fresh kernel prints what is committed, numbers within 2 %."""
   monkeypatch.setenv("TMPDIR", str(tmp_path))  # what a notebook leaves behind
-  executed = notebooks.execute(notebooks.source(name), "fast", timeout=280, flags=notebooks.QUICK)
+  flags = " ".join(f"--{key}={str(value).lower()}" for key, value in quick.options().items())
+  executed = notebooks.execute(notebooks.source(name), "fast", timeout=280, flags=flags)
   compared = 0
   for cell, expected in zip((c for c in executed.cells if c.cell_type == "code"), codes(name),
                             strict=True):
