@@ -6,7 +6,8 @@ policy the names that it saves (`model/remat.py`). All numbers are bytes on one 
 
 Where a layer stands decides too:
 
-    loop      in a loop over a stack's layers: XLA for CPUs keeps bf16 residuals in fp32
+    loop      in a loop over a stack's layers: XLA for CPUs keeps bf16 residuals in fp32, before
+              jaxlib 0.11
     straight  outside of one (a stack of one layer, or `runtime.layer_unroll` 0). `jax.checkpoint`
               has prevent_cse=False, so XLA merges the recomputation with the first pass: remat has
               no effect. On a CPU it finds attention's score tiles in both passes equal as well, and
@@ -15,6 +16,7 @@ Where a layer stands decides too:
 """
 
 import functools
+import importlib.metadata
 import math
 from typing import NamedTuple
 
@@ -124,6 +126,16 @@ def looped(runtime: config.Runtime, depth: int) -> bool:
   return depth > 1 and 0 < runtime.layer_unroll < depth
 
 
+@functools.cache
+def widens() -> bool:
+  """Whether the installed XLA for CPUs keeps bf16 residuals in fp32: before jaxlib 0.11."""
+  try:
+    version = importlib.metadata.version("jaxlib")
+  except importlib.metadata.PackageNotFoundError:
+    return False
+  return tuple(int(n) for n in version.split(".")[:2]) < (0, 11)
+
+
 class _Layer(NamedTuple):
   """What the lists below read.
 
@@ -145,13 +157,13 @@ class _Layer(NamedTuple):
 def layer(cfg: config.Config, s: Shape, moe: bool, remat: str, place: str = "loop"
           ) -> dict[str, int]:
   """Bytes that one layer keeps for one micro-batch, by what they are, without weights."""
-  item = FP32 if s.cpu and place == "loop" else itemsize(cfg.runtime)
+  item = FP32 if s.cpu and place == "loop" and widens() else itemsize(cfg.runtime)
   if remat == "layer":
     return {"block input": s.tokens * cfg.model.dim * item}
   texts = operands(cfg.runtime) if quantizes(cfg.runtime) else None
   wide = item
   if s.cpu and place == "straight":
-    texts, wide, item = None, FP32, FP32 if texts else item
+    texts, wide, item = None, FP32 if widens() else item, FP32 if texts else item
   of = _Layer(cfg, s, texts, item, wide, place, remat)
   if moe:
     return _attention(of) | _moe(of)

@@ -76,7 +76,7 @@ def weights(cfg: config.Config, depths: dict[str, int], cpu: bool) -> int:
       elif remat == "none":
         total += values * (1 if fp8 else item)
     elif kept.copied(a, cfg, remat):
-      total += values * (FP32 if cpu and loop else item)
+      total += values * (FP32 if cpu and loop and kept.widens() else item)
     elif a.name == "head_DV" and item < FP32:
       total += values * item
     elif a.name != "embedding_VD" and arrays.zero_shards(a, runtime) > 1:
