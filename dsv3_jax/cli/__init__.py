@@ -27,6 +27,7 @@ from dsv3_jax.cli import (
     plan,
     report,
     schedule,
+    simulate,
     sweep,
     tokenize,
     train,
@@ -38,8 +39,8 @@ __all__ = ["default_workdir", "load_config", "main", "parse_value", "run"]
 
 _COMMANDS = types.MappingProxyType({
     "train": train, "sweep": sweep, "watch": watch, "report": report, "eval": evaluate,
-    "cost": cost, "plan": plan, "numerics": numerics, "schedule": schedule, "tokenize": tokenize,
-    "convert": convert})
+    "cost": cost, "plan": plan, "numerics": numerics, "schedule": schedule,
+    "simulate": simulate, "tokenize": tokenize, "convert": convert})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-CLOSE = 1e-3  # a layer is done where its busiest GPU is this near to the least possible
 GAIN = 1e-9  # what is less is rounding, relative
 
 
@@ -58,15 +57,18 @@ class _Exchange(NamedTuple):
 
 
 def descend(weight_LE: np.ndarray, expert_LI: np.ndarray, gpus: int, nodes: int = 1,
-            moves: int | None = None, steps: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+            moves: int | None = None, steps: int = 4000, close: float = 1e-3,
+            swaps_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
   """Improves a placement by exchanges; see the module's docstring.
 
   Args:
     weight_LE: float64, load of each expert.
-    expert_LI: the expert of each slot; each expert has one at least.
+    expert_LI: the expert of each slot; an expert may be absent.
     gpus, nodes: of the slots; experts stay on their node.
     moves: how many experts may be fetched in each layer; None is as many as help.
     steps: exchanges of a layer at most.
+    close: a layer is done where its busiest GPU is this near to the mean of its busiest node.
+    swaps_only: leaves the counts as they are.
 
   Returns:
     The placement, int64 [L, I], and the GPUs' loads, float64 [L, O].
@@ -74,10 +76,10 @@ def descend(weight_LE: np.ndarray, expert_LI: np.ndarray, gpus: int, nodes: int 
   layers, slots = expert_LI.shape
   expert_LI = expert_LI.astype(np.int64)
   count_LE = counts(expert_LI, weight_LE.shape[1])
-  share_LE = weight_LE / count_LE
+  share_LE = weight_LE / np.maximum(count_LE, 1)
   size = slots // gpus
   load_LO = np.take_along_axis(share_LE, expert_LI, -1).reshape(layers, gpus, size).sum(-1)
-  enough_L = load_LO.reshape(layers, nodes, gpus // nodes).mean(-1).max(-1) * (1 + CLOSE)
+  enough_L = load_LO.reshape(layers, nodes, gpus // nodes).mean(-1).max(-1) * (1 + close)
   left_L = np.full(layers, slots * steps if moves is None else moves)
   row_X = np.arange(layers)
   for _ in range(steps):
@@ -85,10 +87,12 @@ def descend(weight_LE: np.ndarray, expert_LI: np.ndarray, gpus: int, nodes: int 
     if not row_X.size:
       break
     view = _look(expert_LI[row_X], share_LE[row_X], load_LO[row_X], nodes)
-    tried = _swap(view), *_share_and_drop(view, weight_LE[row_X], count_LE[row_X])
+    tried = [_swap(view)]
+    if not swaps_only:
+      tried += _share_and_drop(view, weight_LE[row_X], count_LE[row_X])
     gain_3X = view.top_X - np.stack([exchange.cost_X for exchange in tried])
     gain_3X[0] = np.where(left_L[row_X] > 1, gain_3X[0] / 2, -np.inf)  # a swap fetches two
-    gain_3X[2] = np.where(gain_3X[:2].max(0) > GAIN * view.top_X, -np.inf, gain_3X[2])
+    gain_3X[2:] = np.where(gain_3X[:2].max(0) > GAIN * view.top_X, -np.inf, gain_3X[2:])
     kind_X = gain_3X.argmax(0)
     helps_X = gain_3X.max(0) > GAIN * view.top_X
     mine_X, other_X = (np.take_along_axis(view.cols_Xn, np.choose(kind_X, slots_3X)[:, None], -1)
@@ -100,7 +104,7 @@ def descend(weight_LE: np.ndarray, expert_LI: np.ndarray, gpus: int, nodes: int 
     more_X = np.array([0, 1, -1])[kind_X]  # replicas of the busiest GPU's expert
     count_LE[row_X, my_X] += more_X
     count_LE[row_X, their_X] -= more_X
-    share_LE[row_X] = weight_LE[row_X] / count_LE[row_X]
+    share_LE[row_X] = weight_LE[row_X] / np.maximum(count_LE[row_X], 1)
     load_LO[row_X] = np.take_along_axis(share_LE[row_X], expert_LI[row_X], -1).reshape(
         len(row_X), gpus, size).sum(-1)
     left_L[row_X] -= 1 + (kind_X == 0)

@@ -16,18 +16,22 @@ nearly perfect already; with one slot a GPU there is nothing to pack, and the pu
 the best there are. With 2 to 6 slots a GPU it leaves 2 to 40 %.
 
 A change costs: each expert that a GPU did not hold is fetched over the network while requests run.
-With the placement before, given as `previous`, the search starts there, so that few are fetched;
-GPUs are renumbered so that they keep what they hold where a new placement is so much better that it
-is worth it; and `max_moves` limits what is fetched in each layer.
+Given the placement before, as `previous`, GPUs are renumbered so that they keep what they can; with
+`slack` the search starts from there, and what it finds is taken unless placing anew is better by
+more than that; and `max_moves` limits what is fetched in each layer.
+
+Loads change, and the placement is for those of the past. Where they are steady, its advantage is
+there afterwards too. Where the mixture of text shifts from one window to the next, that costs ten
+times what any placement wins; `slack` then loses nothing and fetches a third (`dsv3 simulate`).
 
 numpy alone. Letters as in `eplb`.
 """
 
 import numpy as np
 
-from dsv3_jax.infer import descent, eplb
+from dsv3_jax.infer import descent, eplb, moves
 
-WORTH = 1.01  # how much busier the busiest GPU may be before a layer is placed anew or searched on
+WORTH = 1.01  # how much above the mean the busiest GPU must be for forced exchanges
 SURE = 1 - 1e-6  # what is less of a gain over the published placement is none
 ROUNDS, DONORS, RECIPIENTS, STEPS = 8, 4, 2, 32  # of forced exchanges
 
@@ -43,36 +47,30 @@ def gpu_load(weight_LE: np.ndarray, physical_to_logical: np.ndarray, num_gpus: i
   layers, experts = weight_LE.shape
   share_LE = weight_LE / np.maximum(descent.counts(physical_to_logical, experts), 1)
   share_LE = np.append(share_LE, np.zeros((layers, 1)), -1)  # which -1 finds
-  return np.take_along_axis(share_LE, physical_to_logical, -1).reshape(
-      layers, num_gpus, -1).sum(-1)
+  share_LI = np.take_along_axis(share_LE, physical_to_logical, -1)
+  return share_LI.reshape(layers, num_gpus, share_LI.shape[1] // num_gpus).sum(-1)
 
 
 def imbalance(weight_LE: np.ndarray, physical_to_logical: np.ndarray, num_gpus: int) -> np.ndarray:
   """Max load / mean load over the GPUs, float64 [L]; 1 for a layer without load."""
-  load_LO = gpu_load(weight_LE, physical_to_logical, num_gpus)
-  mean_L = load_LO.mean(-1)
-  return np.where(mean_L > 0, load_LO.max(-1) / np.where(mean_L > 0, mean_L, 1), 1.0)
-
-
-def moved(previous: np.ndarray, physical_to_logical: np.ndarray, num_gpus: int) -> np.ndarray:
-  """How many experts the GPUs of each layer must fetch for the second placement, int64 [L].
-
-  An expert that stays on its GPU costs nothing, whatever slot it has there.
-  """
-  return (_in_place(previous, physical_to_logical, num_gpus) != previous).sum(-1)
+  most_L = gpu_load(weight_LE, physical_to_logical, num_gpus).max(-1)
+  mean_L = weight_LE.sum(-1) / num_gpus
+  return np.where(mean_L > 0, most_L / np.where(mean_L > 0, mean_L, 1), 1.0)
 
 
 def rebalance_experts(weight_LE: np.ndarray, num_replicas: int, num_groups: int, num_nodes: int,
                       num_gpus: int, *, previous: np.ndarray | None = None,
-                      max_moves: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                      slack: float = 0.0, max_moves: int | None = None
+                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """A placement whose busiest GPU has at most the load that `eplb.rebalance_experts` gives it.
 
   Args:
     weight_LE, num_replicas, num_groups, num_nodes, num_gpus: see there.
-    previous: int [L, I], the placement until now. The result keeps experts in their slots where
-      that costs less than 1 % of balance.
-    max_moves: experts that may be fetched in each layer; only with `previous`. The busiest GPU is
-      then never busier than with `previous`, but may be busier than the published placement's.
+    previous: int [L, I], the placement until now; what can stay keeps its slot.
+    slack: how much busier, relative, the busiest GPU may be for the sake of fewer experts fetched:
+      of each layer, and of nodes on average. Only with `previous`.
+    max_moves: experts that may be fetched in each layer. Only with `previous`. The busiest GPU is
+      then never busier than it was, but may be busier than the published placement's.
 
   Returns:
     physical_to_logical, logical_to_physical, replica_count, see there; slots of an expert ascend.
@@ -82,24 +80,26 @@ def rebalance_experts(weight_LE: np.ndarray, num_replicas: int, num_groups: int,
       up; a negative max_moves, or one without `previous`.
   """
   sizes = eplb.check(weight_LE, num_replicas, num_groups, num_nodes, num_gpus)
-  if max_moves is not None and previous is None:
-    raise ValueError(f"max_moves={max_moves} without previous; give the placement until now")
-  if max_moves is not None and max_moves < 0:
-    raise ValueError(f"max_moves={max_moves}; give 0 or more, or None for no limit")
+  for name, value in (("max_moves", max_moves), ("slack", slack or None)):
+    if value is not None and previous is None:
+      raise ValueError(f"{name}={value} without previous; give the placement until now")
+    if value is not None and not value >= 0:
+      raise ValueError(f"{name}={value}; give 0 or more")
   published_LI = eplb.rebalance_experts(weight_LE, num_replicas, num_groups, num_nodes, num_gpus)[0]
   weight_LE = np.asarray(weight_LE, np.float64)
-  most = lambda expert_LI: gpu_load(weight_LE, expert_LI, sizes.gpus).max(-1)
-  if previous is None:
-    return maps(_anew(weight_LE, published_LI, sizes), sizes.experts)
-  previous = _checked(previous, sizes)
-  found_LI, _ = descent.descend(weight_LE, previous, sizes.gpus, sizes.nodes, max_moves)
-  found_LI = _in_place(previous, found_LI, sizes.gpus)
-  anew_LI = keep(previous, _anew(weight_LE, published_LI, sizes), sizes.nodes, sizes.gpus)
-  if max_moves is None:
-    better_L = (most(found_LI) > most(published_LI)) | (most(found_LI) > WORTH * most(anew_LI))
+  if previous is not None:
+    previous = _checked(previous, sizes)
+  if max_moves is not None:
+    found_LI = _limited(weight_LE, previous, published_LI, sizes, max_moves)
+  elif slack:
+    found_LI = _slack(weight_LE, previous, published_LI, sizes, slack)
   else:
-    better_L = (most(found_LI) > most(anew_LI)) & ((anew_LI != previous).sum(-1) <= max_moves)
-  return maps(np.where(better_L[:, None], anew_LI, found_LI), sizes.experts)
+    found_LI = _anew(weight_LE, published_LI, sizes)
+    sure_L = _most(weight_LE, found_LI, sizes) < SURE * _most(weight_LE, published_LI, sizes)
+    found_LI = np.where(sure_L[:, None], found_LI, published_LI)
+    if previous is not None:
+      found_LI = moves.keep(previous, found_LI, sizes.nodes, sizes.gpus)
+  return maps(found_LI, sizes.experts)
 
 
 def maps(expert_LI: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -114,62 +114,101 @@ def maps(expert_LI: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray, n
   return expert_LI, slot_LEY, count_LE
 
 
-def keep(previous: np.ndarray, expert_LI: np.ndarray, nodes: int, gpus: int) -> np.ndarray:
-  """The second placement with nodes, GPUs and slots renumbered, so that less has to be fetched.
-
-  Loads are the same, only on other GPUs: each of its GPUs takes the place of that one which holds
-  most of what it needs, greedily, nodes first. int64 [L, I].
-  """
-  layers, slots = expert_LI.shape
-  experts = int(max(previous.max(), expert_LI.max())) + 1
-  for parts, rows in ((nodes, layers), (gpus // nodes, layers * nodes)):
-    old_XPn, new_XPn = (x.reshape(rows, parts, -1) for x in (previous, expert_LI))
-    place_XP = _match(_holds(old_XPn, experts) @ _holds(new_XPn, experts).transpose(0, 2, 1))
-    expert_LI = np.take_along_axis(new_XPn, place_XP[..., None], 1).reshape(layers, slots)
-  return _in_place(previous, expert_LI, gpus)
-
-
 # --- searching ----------------------------------------------------------------------------------
+
+
+def _limited(weight_LE: np.ndarray, previous: np.ndarray, published_LI: np.ndarray,
+             sizes: eplb.Sizes, max_moves: int) -> np.ndarray:
+  """The best placement found that is so few experts away, int64 [L, I]."""
+  found_LI, _ = descent.descend(weight_LE, previous, sizes.gpus, sizes.nodes, max_moves)
+  found_LI = moves.in_place(previous, found_LI, sizes.gpus)
+  row_X = np.nonzero((found_LI != previous).sum(-1) < max_moves)[0]  # the search ended before
+  if not row_X.size:
+    return found_LI
+  anew_XI = moves.keep(previous[row_X], _anew(weight_LE[row_X], published_LI[row_X], sizes),
+                 sizes.nodes, sizes.gpus)
+  better_X = (((anew_XI != previous[row_X]).sum(-1) <= max_moves)
+              & (_most(weight_LE[row_X], anew_XI, sizes)
+                 < _most(weight_LE[row_X], found_LI[row_X], sizes)))
+  found_LI[row_X[better_X]] = anew_XI[better_X]
+  return found_LI
+
+
+def _slack(weight_LE: np.ndarray, previous: np.ndarray, published_LI: np.ndarray,
+           sizes: eplb.Sizes, slack: float) -> np.ndarray:
+  """A placement near the one before, within the slack of the best found, int64 [L, I]."""
+  found_LI, _ = descent.descend(
+      np.repeat(weight_LE, sizes.nodes, 0), previous.reshape(sizes.layers * sizes.nodes, -1),
+      sizes.gpus // sizes.nodes, close=slack)
+  found_LI = moves.in_place(previous, found_LI.reshape(previous.shape), sizes.gpus)
+  least_L = weight_LE.sum(-1) / sizes.gpus
+  row_X = np.nonzero(_most(weight_LE, found_LI, sizes) > (1 + slack) * least_L)[0]
+  if not row_X.size:
+    return found_LI
+  anew_XI = moves.keep(previous[row_X], _anew(weight_LE[row_X], published_LI[row_X], sizes),
+                 sizes.nodes, sizes.gpus)
+  better_X = np.zeros(len(row_X), bool)
+  for measure in (_most, _peaks):
+    better_X |= (measure(weight_LE[row_X], found_LI[row_X], sizes)
+                 > (1 + slack) * measure(weight_LE[row_X], anew_XI, sizes))
+  found_LI[row_X[better_X]] = anew_XI[better_X]
+  return found_LI
+
+
+def _most(weight_LE: np.ndarray, expert_LI: np.ndarray, sizes: eplb.Sizes) -> np.ndarray:
+  """Load of the busiest GPU, float64 [L]."""
+  return gpu_load(weight_LE, expert_LI, sizes.gpus).max(-1)
+
+
+def _peaks(weight_LE: np.ndarray, expert_LI: np.ndarray, sizes: eplb.Sizes) -> np.ndarray:
+  """Load of each node's busiest GPU, summed over the nodes, float64 [L]."""
+  load_LO = gpu_load(weight_LE, expert_LI, sizes.gpus)
+  return load_LO.reshape(len(load_LO), sizes.nodes, sizes.gpus // sizes.nodes).max(-1).sum(-1)
 
 
 def _anew(weight_LE: np.ndarray, published_LI: np.ndarray, sizes: eplb.Sizes) -> np.ndarray:
   """The best placement found, whatever it costs to get there, int64 [L, I]."""
-  best_LI, load_LO = _improved(weight_LE, published_LI, sizes)
+  best_LI = _improved(weight_LE, published_LI, sizes)
   if 1 < sizes.nodes < sizes.groups:
-    other_LI, changed_L = _regrouped(weight_LE, sizes)
+    other_LI, changed_L = _regrouped(weight_LE, sizes._replace(layers=len(weight_LE)))
     row_X = np.nonzero(changed_L)[0]
-    other_XI, other_XO = _improved(weight_LE[row_X], other_LI[row_X], sizes)
-    better_X = other_XO.max(-1) < load_LO[row_X].max(-1)
-    best_LI[row_X[better_X]], load_LO[row_X[better_X]] = other_XI[better_X], other_XO[better_X]
-  published_L = gpu_load(weight_LE, published_LI, sizes.gpus).max(-1)
-  surely_L = gpu_load(weight_LE, best_LI, sizes.gpus).max(-1) < SURE * published_L
-  return np.where(surely_L[:, None], best_LI, published_LI)
+    other_XI = _improved(weight_LE[row_X], other_LI[row_X], sizes)
+    better_X = (_most(weight_LE[row_X], other_XI, sizes)
+                < SURE * _most(weight_LE[row_X], best_LI[row_X], sizes))
+    best_LI[row_X[better_X]] = other_XI[better_X]
+  return best_LI
 
 
-def _improved(weight_LE: np.ndarray, expert_LI: np.ndarray, sizes: eplb.Sizes
-              ) -> tuple[np.ndarray, np.ndarray]:
-  """A placement after exchanges, forced ones too, int64 [L, I], and its loads, float64 [L, O]."""
-  expert_LI, load_LO = descent.descend(weight_LE, expert_LI, sizes.gpus, sizes.nodes)
-  least_L = load_LO.reshape(len(load_LO), sizes.nodes, sizes.gpus // sizes.nodes).mean(-1).max(-1)
-  row_X = np.arange(len(expert_LI))
+def _improved(weight_LE: np.ndarray, start_LI: np.ndarray, sizes: eplb.Sizes) -> np.ndarray:
+  """A placement after exchanges in each node, forced ones too, int64 [L, I].
+
+  Nodes are searched on their own, not only the busiest: another may be that a minute later.
+  """
+  layers, gpus, slots = len(start_LI), sizes.gpus // sizes.nodes, sizes.slots // sizes.nodes
+  weight_XE = np.repeat(weight_LE, sizes.nodes, 0)
+  start_XI = start_LI.reshape(layers * sizes.nodes, slots)
+  expert_XI, load_XO = descent.descend(weight_XE, start_XI, gpus)
+  row_R = np.arange(len(expert_XI))
   for _ in range(ROUNDS):
-    row_X = row_X[load_LO[row_X].max(-1) > WORTH * least_L[row_X]]
-    of_T, trial_TI = _forced(weight_LE[row_X], expert_LI[row_X], load_LO[row_X], sizes)
+    row_R = row_R[load_XO[row_R].max(-1) > WORTH * load_XO[row_R].mean(-1)]
+    of_T, trial_TI = _forced(weight_XE[row_R], expert_XI[row_R], load_XO[row_R])
     if not of_T.size:
       break
-    row_T = row_X[of_T]
-    trial_TI, trial_TO = descent.descend(weight_LE[row_T], trial_TI, sizes.gpus, sizes.nodes,
-                                         steps=STEPS)
+    row_T = row_R[of_T]
+    # By swaps alone: the first other exchange would often be the one back.
+    trial_TI, trial_TO = descent.descend(weight_XE[row_T], trial_TI, gpus, steps=STEPS,
+                                         swaps_only=True)
     # The best trial of each row; the first of equals, so that a run can be repeated.
     order_T = np.lexsort((trial_TO.max(-1), row_T))
-    best_X = order_T[np.unique(row_T[order_T], return_index=True)[1]]
-    best_X = best_X[trial_TO[best_X].max(-1) < SURE * load_LO[row_T[best_X]].max(-1)]
-    row_X = row_T[best_X]
-    expert_LI[row_X], load_LO[row_X] = trial_TI[best_X], trial_TO[best_X]
-  return expert_LI, load_LO
+    best_R = order_T[np.unique(row_T[order_T], return_index=True)[1]]
+    best_R = best_R[trial_TO[best_R].max(-1) < SURE * load_XO[row_T[best_R]].max(-1)]
+    row_R = row_T[best_R]
+    expert_XI[row_R], load_XO[row_R] = trial_TI[best_R], trial_TO[best_R]
+  sure_X = load_XO.max(-1) < SURE * gpu_load(weight_XE, start_XI, gpus).max(-1)
+  return np.where(sure_X[:, None], expert_XI, start_XI).reshape(layers, sizes.slots)
 
 
-def _forced(weight_XE: np.ndarray, expert_XI: np.ndarray, load_XO: np.ndarray, sizes: eplb.Sizes
+def _forced(weight_XE: np.ndarray, expert_XI: np.ndarray, load_XO: np.ndarray
             ) -> tuple[np.ndarray, np.ndarray]:
   """Placements T to try: one more replica of what is heaviest on the busiest GPU, for another's.
 
@@ -180,20 +219,14 @@ def _forced(weight_XE: np.ndarray, expert_XI: np.ndarray, load_XO: np.ndarray, s
     The row that each trial is of, int64 [T], and the trials, int64 [T, I].
   """
   rows, experts = weight_XE.shape
-  if not rows:
-    return np.zeros(0, np.int64), expert_XI
+  size = expert_XI.shape[1] // load_XO.shape[1]
   count_XE = descent.counts(expert_XI, experts)
-  size, slots = sizes.slots // sizes.gpus, sizes.slots // sizes.nodes
-  busiest_X = load_XO.argmax(-1)[:, None]
-  here_Xi = np.take_along_axis(expert_XI, busiest_X * size + np.arange(size), -1)
-  share_Xi = np.take_along_axis(weight_XE / count_XE, here_Xi, -1)
+  here_Xi = np.take_along_axis(
+      expert_XI, load_XO.argmax(-1)[:, None] * size + np.arange(size), -1)
+  share_Xi = np.take_along_axis(weight_XE / np.maximum(count_XE, 1), here_Xi, -1)
   heaviest_XR = np.argsort(-share_Xi, -1, kind="stable")[:, :RECIPIENTS]
   gets_XR = np.take_along_axis(here_Xi, heaviest_XR, -1)
-  node_X = busiest_X // (sizes.gpus // sizes.nodes)
-  near_XE = np.zeros((rows, experts), bool)
-  np.put_along_axis(near_XE, np.take_along_axis(expert_XI, node_X * slots + np.arange(slots), -1),
-                    True, -1)
-  after_XE = np.where(near_XE & (count_XE > 1), weight_XE / np.maximum(count_XE - 1, 1), np.inf)
+  after_XE = np.where(count_XE > 1, weight_XE / np.maximum(count_XE - 1, 1), np.inf)
   gives_XD = np.argsort(after_XE, -1, kind="stable")[:, :DONORS]
   of_T, d_T, r_T = (x.ravel() for x in np.indices((rows, gives_XD.shape[1], gets_XR.shape[1])))
   gives_T, gets_T = gives_XD[of_T, d_T], gets_XR[of_T, r_T]
@@ -214,9 +247,6 @@ def _regrouped(weight_LE: np.ndarray, sizes: eplb.Sizes) -> tuple[np.ndarray, np
   members_LE = (order_LG[..., None] * size + np.arange(size)).reshape(weight_LE.shape)
   expert_LI = eplb.within_nodes(weight_LE.astype(np.float32), members_LE, sizes)[0]
   return expert_LI, (order_LG != greedy_LG).any(-1)
-
-
-# --- what is held already -----------------------------------------------------------------------
 
 
 def _checked(previous: np.ndarray, sizes: eplb.Sizes) -> np.ndarray:
@@ -241,41 +271,3 @@ def _checked(previous: np.ndarray, sizes: eplb.Sizes) -> np.ndarray:
     raise ValueError(f"previous has group {group} of layer {layer} on several nodes; give a "
                      "placement of the same num_groups, num_nodes and num_gpus")
   return previous
-
-
-def _holds(expert_XPn: np.ndarray, experts: int) -> np.ndarray:
-  """Which experts each part holds, float32 [X, P, E] of 0 and 1."""
-  holds_XPE = np.zeros((*expert_XPn.shape[:2], experts), np.float32)
-  np.put_along_axis(holds_XPE, expert_XPn, 1, -1)
-  return holds_XPE
-
-
-def _match(common_XPQ: np.ndarray) -> np.ndarray:
-  """Which new part Q takes the place of each old part P, int64 [X, P]; most in common first."""
-  rows, parts, _ = common_XPQ.shape
-  row_X = np.arange(rows)
-  free_XPQ = common_XPQ.transpose(0, 2, 1).copy()  # new by old
-  place_XP = np.empty((rows, parts), np.int64)
-  for new_X in np.argsort(-common_XPQ.max(1), -1, kind="stable").T:
-    old_X = free_XPQ[row_X, new_X].argmax(-1)
-    place_XP[row_X, old_X] = new_X
-    free_XPQ[row_X, :, old_X] = -1
-  return place_XP
-
-
-def _in_place(previous: np.ndarray, expert_LI: np.ndarray, gpus: int) -> np.ndarray:
-  """The second placement with the slots of each GPU in such an order that experts keep theirs."""
-  layers, slots = previous.shape
-  size = slots // gpus
-  old_Xi, new_Xi = previous.reshape(-1, size), expert_LI.reshape(-1, size)
-  row_X = np.arange(len(old_Xi))
-  left_Xi = np.ones(new_Xi.shape, bool)  # of the new ones, not yet placed
-  found_Xi = np.full(new_Xi.shape, -1)
-  for i in range(size):
-    same_Xi = left_Xi & (new_Xi == old_Xi[:, i:i + 1])
-    j_X = same_Xi.argmax(-1)
-    hit_X = same_Xi[row_X, j_X]
-    found_Xi[hit_X, i] = old_Xi[hit_X, i]
-    left_Xi[row_X[hit_X], j_X[hit_X]] = False
-  found_Xi[found_Xi < 0] = new_Xi[left_Xi]  # equally many in each row, and both in rows' order
-  return found_Xi.reshape(layers, slots)
