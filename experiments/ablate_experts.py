@@ -7,10 +7,11 @@ equal in FLOPs with fewer parameters.
 Parent:   experiments/ablation.py
 Run:      dsv3 sweep --config=experiments/ablate_experts.py:cpu --workdir=runs/ablations
 Arg:      cpu (default), gpu, real: the parent's scales
-Cost:     cpu: 6 arms x 3 seeds x 80 to 150 s on one core
+Cost:     cpu: 7 arms x 3 seeds x 80 to 150 s on one core
 Expected: DeepSeekMoE: finer is better, and one shared expert better than none; dense is worst
-Note:     without a shared expert the number of experts has no divisor in common with groups, so
-          that arm routes without the group limit (ablate_gate has its effect)
+Note:     with no shared expert or one more, the routed experts at cpu scale do not divide into
+          groups: those arms route without the group limit, and so does one of the parent's shape,
+          which they are to be compared with
 Result:   experiments/RESULTS.md
 """
 
@@ -45,6 +46,8 @@ def sweep(scale: str | None = None) -> Iterator[dict[str, Any]]:
       f"{m.experts} experts": {},
       f"{2 * m.experts} of half": cut(2),
       f"{4 * m.experts} of a quarter": cut(4),
+      **({f"{m.experts} experts, no groups": {"model.moe.groups": 1, "model.moe.active_groups": 1}}
+         if m.groups > 1 else {}),
       "none shared": shared(0),
       f"{m.shared + 1} shared": shared(m.shared + 1),
       "dense": {"model.dense_layers": cfg.layers,

@@ -34,6 +34,8 @@ def sweep(scale: str | None = None) -> Iterator[dict[str, Any]]:
   flat = {"optim.lr_constant_until": 1.0, "optim.lr_cosine_until": 1.0, "optim.lr_last_from": 1.0}
   steps = {"optim.lr_constant_until": 0.8, "optim.lr_cosine_until": 0.8,
            "optim.lr_final": 0.316 * lr, "optim.lr_last_from": 0.9, "optim.lr_last": 0.1 * lr}
+  micro = cfg.data.microbatch or batch
+  small = min(micro, batch // 4)
   return arm.seeds({
       "lr": {},
       "lr / 2": times(0.5),
@@ -42,8 +44,10 @@ def sweep(scale: str | None = None) -> Iterator[dict[str, Any]]:
       "constant": flat,
       **({"two steps": steps} if steps != {k: v for k, v in _optim(cfg).items() if k in steps}
          else {}),
-      "batch from a quarter": {"data.batch_start": batch // 4, "data.batch_ramp_until": 0.2,
-                               "data.microbatch": min(cfg.data.microbatch or batch, batch // 4)},
+      "batch from a quarter": {
+          "data.batch_start": batch // 4, "data.batch_ramp_until": 0.2, "data.microbatch": small,
+          # Validation is counted in micro-batches; this is as much text as the others'.
+          "train.eval_batches": cfg.train.eval_batches * micro // small},
   })
 
 
