@@ -42,7 +42,8 @@ def test_json(capsys, tmp_path):
   file = tmp_path / "mine.json"
   file.write_text('{"base": "h100", "name": "ours", "price": 3}')
   assert cli.run([*V3, f"--hardware={file}", "--json", "--what-if=slow=2", "--price=1.5",
-                  "--config.runtime.pipeline.schedule=zb1p"]) == 0
+                  "--config.runtime.pipeline.schedule=zb1p",
+                  "--config.runtime.pipeline.layers=()"]) == 0
   got = json.loads(capsys.readouterr().out)
   assert got["hardware"]["name"] == "ours" and got["hardware"]["price"] == 1.5
   assert got["pipeline"]["schedule"] == "zb1p" and got["breakdown_s"]["1F1B"] == 0

@@ -42,7 +42,7 @@ EXAMPLES = (
     "  dsv3 cost --config=experiments/tiny.py --hardware=cpu\n"
     "  dsv3 cost --config=experiments/moe_16b.py --hardware=mine.json --json\n"
     "  dsv3 cost --config=experiments/v3_671b.py --plot=cost.svg \\\n"
-    "    --config.runtime.pipeline.schedule=zb1p")
+    "    --config.runtime.pipeline.schedule=zb1p --config.runtime.pipeline.layers='()'")
 OVERRIDABLE = True
 WIDTH = 118
 

@@ -21,9 +21,9 @@ import math
 from typing import NamedTuple
 
 from dsv3_jax import config
-from dsv3_jax.cost import arrays
+from dsv3_jax.cost import arrays, communication
 from dsv3_jax.fp8 import recipes
-from dsv3_jax.parallel.room import Room, room
+from dsv3_jax.parallel.room import Room
 
 FP32 = 4
 UNROLL = 10  # of pallas_kernels/xla/attention.py: tiles up to which the loop is unrolled
@@ -105,13 +105,9 @@ def shape(cfg: config.Config, cpu: bool = True) -> Shape:
   block = block_rows(pairs, local) if cpu or not quantizes(cfg.runtime) else 128
   if devices == 1:
     return Shape(B, T, (pairs // block + min(local, pairs)) * block, local, B * T, None, cpu)
-  sizes = tuple(n for n in (mesh.node, mesh.gpu) if n > 1)
-  form = cfg.runtime.dispatch.form
-  form = "flat" if form == "two_hop" and len(sizes) == 1 else form
-  limit = m.active_groups if m.groups % mesh.node == 0 else 0
-  space = room(B * T, m.active, local, sizes, form, cfg.runtime.dispatch.factor, limit)
+  space = communication.room_of(m, cfg.runtime, B * T)
   rows = (space.pairs // block + min(local, space.pairs)) * block
-  senders = sizes[-1] if form == "two_hop" else devices
+  senders = mesh.gpu if len(space.slots) == 2 else devices
   arrived = senders * space.slots[-1] if space.slots[-1] else devices * B * T
   return Shape(B, T, rows, local, arrived, space, cpu)
 

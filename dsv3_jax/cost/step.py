@@ -230,9 +230,11 @@ def _stage(cfg: config.Config, kind: cut.Kind, blocks: dict[str, list[operations
         seconds[phase] += number * value
   forward = times["moe"] * (exchange["dispatch"].seconds + exchange["combine"].seconds)
   backward = times["moe"] * (exchange["combine_back"].seconds + exchange["dispatch_back"].seconds)
+  if cfg.runtime.remat == "layer":  # the rows were not kept, and are sent again
+    backward += times["moe"] * exchange["dispatch"].seconds
   if cfg.runtime.shard_vocab:  # representations go to all who hold words, gradients come back
-    mesh = cfg.runtime.mesh
-    group = communication.Group(mesh.node * mesh.gpu, mesh.gpu)
+    mesh, near = cfg.runtime.mesh, communication.near(cfg.runtime.mesh, hw)
+    group = communication.Group(mesh.node * mesh.gpu, near.node * near.gpu)
     gathered = times["head"] * communication.ring(
         group.size * tokens * cfg.model.dim * n.activation, group, hw)
     forward, backward = forward + gathered, backward + gathered
@@ -262,11 +264,10 @@ def _optimizer(cfg: config.Config, kinds: tuple[cut.Kind, ...], plan: schedules.
   """
   mesh, zero = cfg.runtime.mesh, cfg.runtime.zero
   copies = len(plan.routes)
-  experts = communication.Group(mesh.data * copies, 1)
-  domain = min(mesh.gpu, hw.fast_devices)
-  rest = communication.Group(mesh.batch_shards * copies, domain)
-  if hw.fast_devices >= mesh.devices:  # everything lies in one fast domain
-    experts, rest = (dataclasses.replace(g, together=g.size) for g in (experts, rest))
+  near = communication.near(mesh, hw)
+  beside = copies if near.pipe == mesh.pipe else 1  # the ranks that hold the same stage
+  experts = communication.Group(mesh.data * copies, near.data * beside)
+  rest = communication.Group(mesh.batch_shards * copies, near.batch_shards * beside)
   moments = sum({"float32": 4, "bfloat16": 2, "float8": 1}[d]
                 for d in (cfg.optim.mu_dtype, cfg.optim.nu_dtype))
   worst: dict[str, float] = {}

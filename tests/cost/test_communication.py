@@ -14,8 +14,13 @@ from dsv3_jax.cost.hardware import HARDWARE
 H800 = HARDWARE["h800"]
 
 
-def enumerated(moe, nodes, gpus):
-  """Mean rows of a token over all its routings and all places it may lie on, one by one."""
+def enumerated(moe, nodes, gpus, domain=0):
+  """Mean rows of a token over all its routings and all places it may lie on, one by one.
+
+  So many neighbours are joined by fast links; a node's devices where that is 0.
+  """
+  domain = domain or gpus
+  apart = lambda a, b: a // domain != b // domain
   per_group, per_device = moe.experts // moe.groups, moe.experts // (nodes * gpus)
   slow = fast = arrive = flat_slow = flat_fast = count = 0
   for kept in itertools.combinations(range(moe.groups), moe.active_groups):
@@ -26,11 +31,13 @@ def enumerated(moe, nodes, gpus):
         node, place = divmod(home, gpus)
         count += 1
         arrive += len(devices)
-        slow += len({d // gpus for d in devices} - {node})
+        first = [n * gpus + place for n in {d // gpus for d in devices} - {node}]
         # Handed on within each node by the device with the token's own place there.
-        fast += sum(d % gpus != place for d in devices)
-        flat_slow += sum(d // gpus != node for d in devices)
-        flat_fast += sum(d // gpus == node and d != home for d in devices)
+        second = [(d // gpus * gpus + place, d) for d in devices if d % gpus != place]
+        slow += sum(apart(home, d) for d in first) + sum(apart(*pair) for pair in second)
+        fast += sum(not apart(home, d) for d in first) + sum(not apart(*p) for p in second)
+        flat_slow += sum(apart(d, home) for d in devices)
+        flat_fast += sum(not apart(d, home) and d != home for d in devices)
   return [x / count for x in (slow, fast, arrive, flat_slow, flat_fast)]
 
 
@@ -45,6 +52,43 @@ def test_rows_against_enumeration(experts, active, groups, limit, nodes, gpus):
   assert dataclasses.astuple(communication.rows(moe, mesh)) == pytest.approx((slow, fast, arrive))
   found = communication.rows(moe, mesh, "flat")
   assert dataclasses.astuple(found) == pytest.approx((flat_slow, flat_fast, arrive))
+
+
+@pytest.mark.parametrize("nodes,gpus,domain,expected", [
+    (2, 4, 2, (1, 2)), (4, 2, 4, (2, 2)), (2, 4, 8, (2, 4)), (4, 2, 3, (1, 2))])
+def test_rows_where_domains_are_not_nodes(nodes, gpus, domain, expected):
+  """Oracle: the same enumeration, hop by hop; part of a node, two nodes or all in a fast domain."""
+  moe = MoE(experts=8, active=2, groups=4, active_groups=2, group_top=1)
+  mesh = Mesh(node=nodes, gpu=gpus)
+  together = communication.near(mesh, dataclasses.replace(H800, fast_devices=domain))
+  assert (together.node, together.gpu) == expected
+  found = enumerated(moe, nodes, gpus, together.node * together.gpu)
+  two_hop, flat = (communication.rows(moe, mesh, form, together) for form in ("two_hop", "flat"))
+  assert dataclasses.astuple(two_hop) == pytest.approx(found[:3])
+  assert (flat.slow, flat.fast) == pytest.approx(found[3:])
+
+
+def test_near():
+  """Oracle: by hand: `gpu` fills a domain first, and part of an axis is a divisor of it."""
+  of = lambda devices, *mesh: dataclasses.astuple(
+      communication.near(Mesh(*mesh), dataclasses.replace(H800, fast_devices=devices)))
+  assert of(8, 16, 2, 8, 8) == (1, 1, 1, 8) and of(8, 1, 4, 1, 2) == (1, 4, 1, 2)
+  assert of(8, 1, 8, 1, 2) == (1, 4, 1, 2) and of(8, 1, 2, 1, 16) == (1, 1, 1, 8)
+  assert of(16, 2, 1, 4, 8) == (1, 1, 2, 8) and of(2**31, 16, 2, 8, 8) == (16, 2, 8, 8)
+
+
+@pytest.mark.parametrize("dispatch,slow,fast", [
+    # 4096 tokens on 8 nodes of 8: ceil(1.5 * 4096 * 4 / 8) slots a node, then
+    # ceil(1.5 * 4096 * 8 / 8) a GPU of the node; or ceil(1.5 * 4096 * 8 / 64) each of 64.
+    (Dispatch(factor=1.5), 7 * 3072, 7 * 6144),
+    (Dispatch(factor=1.5, form="flat"), 56 * 768, 7 * 768),
+    # All tokens to each node, and all of 8 GPUs to each of the node.
+    (Dispatch(), 7 * 4096, 7 * 8 * 4096), (Dispatch(form="flat"), 56 * 4096, 7 * 4096)])
+def test_dense_transport_sends_whole_buffers(dispatch, slow, fast):
+  """Oracle: slots by hand, as `parallel/room.py` describes them; 2 bytes of 7168 values a row."""
+  found = exchange(dispatch=dispatch)["combine"]
+  assert (found.slow, found.fast) == (2 * 7168 * slow, 2 * 7168 * fast)
+  assert found.slow > exchange()["combine"].slow
 
 
 def test_rows_of_the_report():
@@ -87,15 +131,15 @@ def test_links_and_tokens():
 
 
 def test_what_does_not_travel():
-  """Law: one device sends nothing; one domain has no slow traffic; padding counts."""
+  """Law: one device sends nothing; one domain has no slow traffic."""
   assert all(e.seconds == 0 for e in exchange(mesh=Mesh()).values())
   assert all(e.slow == 0 and e.seconds > 0 for e in exchange(mesh=Mesh(gpu=8)).values())
   wide = exchange(dataclasses.replace(H800, fast_devices=72))
   assert all(e.slow == 0 and e.seconds > 0 for e in wide.values())
   torus = exchange(dataclasses.replace(H800, fast_devices=72, hops=3.0))
   assert torus["combine"].seconds == pytest.approx(3 * wide["combine"].seconds)
-  padded = exchange(dispatch=Dispatch(factor=1.5))
-  assert padded["combine"].slow == pytest.approx(1.5 * exchange()["combine"].slow)
+  # A gpu axis longer than the fast domain is no NVLink: 2 x 4 devices of 4 cross as 8 do.
+  assert exchange(mesh=Mesh(gpu=16))["combine"].slow > 0
 
 
 def test_no_such_link():

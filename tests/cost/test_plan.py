@@ -148,7 +148,8 @@ def test_command(capsys):
   """Law: the table, the JSON and the errors of the command."""
   args = ["plan", f"--config={V3}", "--gpus=64", "--hardware=h800", "--best=2",
           "--config.data.batch_size=64", "--config.data.batch_start=0",
-          "--config.model.layers=8", "--config.model.mtp_depth=0"]
+          "--config.model.layers=8", "--config.model.mtp_depth=0",
+          "--config.runtime.pipeline.layers=()"]
   assert cli.run([*args[:5], "--json", *args[5:]]) == 0
   content = json.loads(capsys.readouterr().out)
   assert len(content["best"]) == 2 and content["losers"] and content["counted"]["choices"]

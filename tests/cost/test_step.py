@@ -155,6 +155,37 @@ def test_dimensions():
   assert links.optimizer["update"] == whole.optimizer["update"]
 
 
+def test_recomputed_layers_dispatch_again():
+  """Oracle: by hand: with remat="layer" the rows of each MoE layer are sent once more."""
+  cfg = cluster.reported(experiment("v3_671b"))
+  kept, again = (estimate(config.replace(cfg, **{"runtime.remat": r}), H800)
+                 for r in ("report", "layer"))
+  assert again.stages[1].send_forward == kept.stages[1].send_forward
+  assert again.stages[1].send_backward - kept.stages[1].send_backward == pytest.approx(
+      4 * kept.exchange["dispatch"].seconds)
+
+
+def test_groups_follow_the_fast_domain():
+  """Oracle: ring by hand: what lies within one fast domain of 8 sends nothing over slow links."""
+  slow = dataclasses.replace(H800, slow=1e3)  # whatever crosses takes days
+  cfg = config.replace(SMALL, **{
+      "runtime.mesh": Mesh(data=8), "runtime.pipeline": Pipeline(), "data.batch_size": 64,
+      "data.microbatch": 8, "model.dense_layers": 2, "model.moe.experts": 8, "model.moe.groups": 1,
+      "model.moe.active_groups": 1, "model.moe.active": 2, "model.moe.ffn_dim": 32})
+  words = {"runtime.shard_vocab": True}
+  for mesh, more in ((Mesh(data=8), {}), (Mesh(data=4, gpu=2), {}), (Mesh(data=4, gpu=2), words),
+                     (Mesh(node=2, gpu=4), words)):
+    found = estimate(config.replace(cfg, **{"runtime.mesh": mesh}, **more), slow)
+    assert sum(found.optimizer.values()) < 1 and found.stages[0].send_forward < 1, mesh
+  # Two domains of 8 along gpu: the words' gather crosses, and so do the sums.
+  wide = config.replace(cfg, **{"runtime.mesh": Mesh(gpu=16), "model.moe.experts": 16, **words,
+                                "model.dense_layers": 4, "data.microbatch": 16})
+  found = estimate(wide, slow)
+  gathered = 15 / 16 * 16 * 32 * 64 * 2 / 8 / (1e3 * 0.8)
+  assert found.stages[0].send_forward == pytest.approx(gathered)
+  assert found.optimizer["reduce"] > 1
+
+
 def test_equal_stages_idle_as_schedules_say():
   """Oracle: Schedule.simulate with one duration a kind, where stages are equal and sending takes no
   time; and table 2's formula where it is exact.
