@@ -98,6 +98,7 @@ def test_descent():
   for kind in loads.KINDS:
     weight = loads.draw(kind, 4, 24, rng)
     slots = eplb.rebalance_experts(weight, 32, 4, 2, 8)[0]
+    slots[:2] = eplb.rebalance_experts(weight[::-1], 32, 4, 2, 8)[0][:2]  # far from balanced
     for _ in range(30):
       after, load = descent.descend(weight, slots, 8, 2, steps=1)
       np.testing.assert_allclose(load, placement.gpu_load(weight, after, 8), rtol=1e-12)
@@ -180,7 +181,8 @@ def test_max_moves(sizes, max_moves):
   old = placement.rebalance_experts(weight, *sizes[1:])[0]
   got = placement.rebalance_experts(drifted, *sizes[1:], previous=old, max_moves=max_moves)
   laws(got, weight.shape, sizes[1])
-  assert moves.moved(old, got[0], sizes[4]).max() <= max_moves
+  fetched = moves.moved(old, got[0], sizes[4])
+  assert fetched.max() <= max_moves and (fetched == (got[0] != old).sum(-1)).all()
   before, after = ratio(drifted, old, sizes[4]), ratio(drifted, got[0], sizes[4])
   assert (after <= before * (1 + 1e-12)).all()
   fewer = placement.rebalance_experts(drifted, *sizes[1:], previous=old, max_moves=max_moves // 3)
