@@ -28,8 +28,9 @@ groups cannot be divided among nodes the whole is done once, as for one group on
 against `hierarchical`. The report's prefill is the one (4 nodes, 8 groups), its decoding the other
 (40 nodes).
 
-Sums are fp32 and the first of equals wins, as in the published code: equal input gives its output,
-equal loads included. What differs is that layers are done side by side. numpy alone.
+Sums are fp32 and the first of equals wins, as in the published code: equal input gives its output.
+(Its sort leaves open which of equal items comes first, above 16 of them; here it is the first.)
+What differs is that layers are done side by side. numpy alone.
 
 Letters here: I slots, O GPUs, i slots of one GPU, Y replicas of one expert, X independent rows
 (layers times nodes), n items and packs of a packing.
