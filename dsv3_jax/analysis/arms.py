@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsv3_jax.analysis import statistics
-from dsv3_jax.analysis.gather import Found, Runs
+from dsv3_jax.analysis.gather import Found, Planned, Runs
 
 SEED = "train.seed"
+_SEEDS = (SEED, "data.seed")  # of a sweep's arm, both may change from run to run
 _LABEL_KEYS = 3  # in an arm's name that is made of what differs
 
 
@@ -108,7 +109,8 @@ def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 def group(runs: Runs) -> list[Arm]:
   """Runs as arms: by the plans' names, and by their configs without the seed.
 
-  Arms of several plans, or runs without one, are one arm where nothing but the seed differs.
+  Arms of several plans, or runs without one, are one arm where nothing but the seed differs; runs
+  that a plan has under one name are several where more differs.
   """
   by_id: dict[str, list[Found]] = {}
   for f in runs.found:
@@ -118,11 +120,15 @@ def group(runs: Runs) -> list[Arm]:
   for plan in runs.plans:
     for name in dict.fromkeys(a.name for a in plan.arms):
       mine = [a for a in plan.arms if a.name == name]
-      found = [f for a in mine for f in by_id.get(a.id, [])[:1]]
-      key = _key(found[0]) if found else f"{plan.name} {name}"
-      made = groups.setdefault(key, _Group(name))
-      made.found += found
-      made.states |= {a.seed: runs.states.get(a.id, "not found") for a in mine}
+      parts: dict[str, list[Planned]] = {}
+      for a in sorted(mine, key=lambda a: a.id not in by_id):  # those found come first
+        has = by_id.get(a.id)
+        parts.setdefault(_key(has[0], _SEEDS) if has else next(iter(parts), ""), []).append(a)
+      for part in parts.values():
+        found = [f for a in part for f in by_id.get(a.id, [])[:1]]
+        made = groups.setdefault(_key(found[0]) if found else f"{plan.name} {name}", _Group(name))
+        made.found += found
+        made.states |= {a.seed: runs.states.get(a.id, "not found") for a in part}
   for several in by_id.values():
     for f in several[1 if several[0].id in planned else 0:]:
       key = _key(f) + (f" at {f.record['commit']}" if len(several) > 1 else "")
@@ -149,8 +155,8 @@ class _Group:
   states: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
-def _key(f: Found) -> str:
-  values = {k: v for k, v in flat(f.record["config"]).items() if k != SEED}
+def _key(f: Found, without: Sequence[str] = (SEED,)) -> str:
+  values = {k: v for k, v in flat(f.record["config"]).items() if k not in without}
   return json.dumps(values, sort_keys=True) if values else f.where
 
 

@@ -138,9 +138,10 @@ def _sizes(c: Comparison) -> Doubt | None:
   for key, name in _SIZES:
     ratios = []
     for arm in c.shown:
-      ours, theirs = arm.first[key], base[key]
-      if ours and theirs and abs(ours / theirs - 1) > _EQUAL:
-        ratios.append(f"{arm.name} {100 * (ours / theirs - 1):+.1f} %")
+      sizes = {f.record[key] for f in arm.runs.values()} - {0, None}
+      off = {s / base[key] - 1 for s in sizes if base[key] and abs(s / base[key] - 1) > _EQUAL}
+      if off:
+        ratios.append(f"{arm.name} {' and '.join(f'{100 * r:+.1f} %' for r in sorted(off))}")
     lines += [f"{name}: {', '.join(ratios)}"] if ratios else []
   if lines:
     return Doubt(NOTE, "sizes", f"Against {c.baseline}, beyond 1 %: {'; '.join(lines)}. A better "

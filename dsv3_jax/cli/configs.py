@@ -77,8 +77,7 @@ def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
     except ConfigError as error:
       raise ConfigError(f"--config={path}, arm {name!r}: {error}") from error
     arms.append(Arm(name, config.train.seed, made, config, config_lib.fingerprint(config)))
-  sweep_arm.check(arms, str(path))
-  return Sweep(str(path), arg, inspect.getdoc(module) or "", tuple(arms))
+  return sweep_arm.make(str(path), arg, inspect.getdoc(module) or "", arms)
 
 
 def _checked(returned: Any, path: Path, changes: Sequence[tuple[str, Any]]) -> Config:

@@ -168,18 +168,23 @@ class Pool:
     return folder
 
   def write_plan(self, sweep: Sweep, commit: str) -> Path:
-    """Keeps what the sweep consists of, for reports.
+    """Keeps what the sweep consists of, for reports: its arms in the experiment's order.
 
-    Arms of an earlier plan that this one has not (--only, --seeds) stay listed after its own.
+    Runs of an earlier plan that this one has not (--only, --seeds) stay listed where their configs
+    are, but for the seed, still those of the experiment's arm of that name.
     """
     name = Path(sweep.experiment).stem + (f"-{slug(sweep.arg)}" if sweep.arg else "")
     path = self.folder / "sweeps" / f"{name}.json"
-    arms = [{"name": a.name, "seed": a.seed, "id": a.id, "overrides": a.overrides,
-             "folder": str(self.arm(a).relative_to(self.folder))} for a in sweep.arms]
+    arms = [{"name": a.name, "seed": a.seed, "id": a.id, "kind": sweep.kinds[a.name],
+             "overrides": a.overrides, "folder": str(self.arm(a).relative_to(self.folder))}
+            for a in sweep.arms]
     known = {(a["name"], a["seed"]) for a in arms}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
       arms += [a for a in json.loads(path.read_text(encoding="utf-8"))["arms"]
-               if (a["name"], a["seed"]) not in known]
+               if (a["name"], a["seed"]) not in known
+               and sweep.kinds.get(a["name"]) == a.get("kind", "")]
+    order = list(sweep.kinds)
+    arms.sort(key=lambda a: order.index(a["name"]))
     plan = {"experiment": sweep.experiment, "arg": sweep.arg,
             "question": (sweep.text.strip().splitlines() or [""])[0], "commit": commit,
             "date": now(), "baseline": sweep.baseline, "arms": arms}

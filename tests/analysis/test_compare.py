@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -145,6 +146,8 @@ def test_sweeps_of_other_dates_are_joined(pool, tmp_path):
   later = synthetic.sweep(tmp_path / "later", {
       "start": ({}, 0.0), "deeper": ({"model.mtp_depth": 2, "loss.mtp_weight": 0.1}, 0.0)},
       seeds=4, name="again-cpu")
+  for path in later.glob("arms/*/metrics.jsonl"):
+    os.utime(path, (time.time() + 60,) * 2)
   c = compare.make(gather.collect([pool, later]))
   assert [a.name for a in c.arms] == ["base", "deeper (mtp_weight=0.3)", "none",
                                       "deeper (mtp_weight=0.1)"]
@@ -152,6 +155,30 @@ def test_sweeps_of_other_dates_are_joined(pool, tmp_path):
   twice = [note for note in c.notes if "more than once" in note]
   assert len(twice) == 3 and str(later) in twice[0].split("counts")[0]  # the newest of the two
   assert _found(c, "seeds").level == doubts.WARN
+
+
+def test_one_name_for_two_configs(tmp_path):
+  """Oracle: a plan that lists a short trial run among the arm's runs: two arms, never one mean.
+  The order of the data may change with the seed."""
+  pool = synthetic.sweep(tmp_path, {"base": ({}, 0.0), "x": ({"model.mtp_depth": 2}, 0.0)}, seeds=2,
+                         steps=8)
+  folder = synthetic.write(pool / "arms" / "trial", steps=4, eval_every=2,
+                           changes={"train.seed": 2})
+  other = synthetic.write(pool / "arms" / "order", steps=8, eval_every=2,
+                          changes={"train.seed": 3, "data.seed": 3})
+  path = pool / "sweeps" / "ablate-cpu.json"
+  plan = json.loads(path.read_text())
+  for f, seed in ((folder, 2), (other, 3)):
+    (f / "arm.json").write_text('{"name": "base", "state": "done"}')
+    plan["arms"].append({"name": "base", "seed": seed, "id": records.record(f)["id"]})
+  path.write_text(json.dumps(plan))
+  c = compare.make(gather.collect([pool]))
+  assert {a.name: list(a.runs) for a in c.arms} == {
+      "base (tokens=16384)": [0, 1, 3], "base (tokens=8192)": [2], "x": [0, 1]}
+  assert c.baseline == "base (tokens=16384)"
+  arm = dataclasses.replace(c.arms[0], runs=c.arms[0].runs | c.arms[1].runs)
+  text = _found(dataclasses.replace(c, arms=(arm, c.arms[2])), "sizes").text
+  assert "tokens: base (tokens=16384) -50.0 %; steps:" in text
 
 
 def test_of_two_the_newest_finished_one_counts(tmp_path):

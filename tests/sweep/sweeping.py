@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from dsv3_jax import config as config_lib
+from dsv3_jax.sweep import arm as sweep_arm
 from dsv3_jax.sweep import corpus, local, pool, runner, table
-from dsv3_jax.sweep.arm import Arm, Sweep
+from dsv3_jax.sweep.arm import Arm
 
 STEPS = 20
 BASE = config_lib.replace(config_lib.Config(), **{
@@ -25,7 +26,7 @@ def arm(name="base", seed=0, **changes):
 def sweep(*arms, experiment="experiments/ablate_x.py"):
   arms = arms or tuple(arm(name, seed, optim_lr=lr) for seed in (0, 1)
                        for name, lr in (("base", 0.25), ("more", 0.5)))
-  return Sweep(experiment, "cpu", "Does x help?\n\nMore text.", arms)
+  return sweep_arm.make(experiment, "cpu", "Does x help?\n\nMore text.", arms)
 
 
 def command(pause=0.0):

@@ -90,6 +90,17 @@ def test_mistakes(run, options, message):
   assert code == 2 and message in err
 
 
+@pytest.mark.parametrize("text, message", [
+    ("yield {'arm': 'a', 'optim.lr': 0.1, 'train.seed': 0}\n"
+     "  yield {'arm': 'a', 'optim.lr': 0.2, 'train.seed': 1}", "differ in more than their seeds")])
+def test_sweeps_that_cannot_be(run, tmp_path, text, message):
+  """Law: exit code 2, and the message says what sweep() should yield."""
+  path = tmp_path / "ablate_x.py"
+  path.write_text(f"{EXPERIMENT.partition('def sweep')[0]}def sweep(arg=None):\n  {text}\n")
+  code, _, err = run("--dry-run")
+  assert code == 2 and message in err
+
+
 def test_what_an_arm_runs(tmp_path, capsys):
   """Oracle: `dsv3 train --print-config` of the very command gives the arm's config."""
   arm = sweeping.arm("a", 3, optim_lr=0.125, model_dim=128)

@@ -136,11 +136,11 @@ def test_watch_finds_runs_and_pools(tmp_path, capsys):
   its = sweeping.sweep()
   made = pool.Pool(tmp_path / "pool")
   made.write_plan(its, "c")
-  for arm in its.arms[:2]:
+  for arm in its.arms[:3:2]:
     _workdir(made.add(arm), _line(5))
   _workdir(tmp_path / "pool" / ".calibration-x", _line(1))
   names = [name for name, _ in watch.Watch([tmp_path]).read()]
-  assert names == ["alone", "pool/base-s0", "pool/more-s0", "pool/base-s1", "pool/more-s1"]
+  assert names == ["alone", "pool/base-s0", "pool/base-s1", "pool/more-s0", "pool/more-s1"]
   assert cli.run(["watch", str(tmp_path), "--once"]) == 0
   shown = capsys.readouterr().out
   assert "pool/more-s0" in shown and "1 running, 2 interrupted, 2 waiting" in shown
@@ -188,7 +188,7 @@ def test_calibration_leaves_nothing(tmp_path):
   finally:
     put_back()
   rate, overhead = calibrate.measure(sweeping.BASE, tmp_path, text, command=sweeping.command())
-  assert rate == 1000 and 0 < overhead < 20
+  assert rate == 1000 and 0 <= overhead < 20
   with pytest.raises(pool.SweepError, match="the loss was not finite"):
     calibrate.measure(_config(**{"optim.lr": 0.666}), tmp_path, text, command=sweeping.command())
   assert not list(tmp_path.glob(".calibration-*"))

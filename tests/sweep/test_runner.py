@@ -13,6 +13,7 @@ import pytest
 
 from dsv3_jax import host
 from dsv3_jax.analysis import records
+from dsv3_jax.cli import sweep as command
 from dsv3_jax.config import ConfigError
 from dsv3_jax.sweep import local, pool, progress, rows
 from tests.sweep import sweeping
@@ -73,6 +74,21 @@ def test_arms_are_run_once(tmp_path):
   assert plan["arms"][0]["folder"] == f"arms/base-s0-{other.arms[0].id}"  # the first sweep's
   made = pool.read_arm(tmp_path / plan["arms"][0]["folder"])
   assert made["state"] == "done" and made["exit_code"] == 0 and made["code"] == host.code()
+
+
+def test_plan_keeps_runs_of_its_own_arms_alone(tmp_path):
+  """Oracle: by hand: a short trial run and an arm of another meaning leave the plan, runs of other
+  seeds stay; the baseline is the experiment's, whichever arms are chosen."""
+  made, seed = pool.Pool(tmp_path), lambda i, lr: (arm("base", i), arm("more", i, optim_lr=lr))
+  plan = lambda its: json.loads(made.write_plan(its, "").read_text())
+  runs = lambda plan: [(a["name"], a["seed"]) for a in plan["arms"]]
+  plan(sweep(arm("base", 9, train_tokens=48), arm("more", 9, train_tokens=48, optim_lr=0.5)))
+  assert runs(plan(sweep(*seed(0, 0.5)))) == [("base", 0), ("more", 0)]
+  whole = sweep(*seed(1, 0.5))
+  found = plan(command.select(whole, "1,2", "more"))
+  assert runs(found) == [("base", 0), ("more", 1), ("more", 2), ("more", 0)]
+  assert found["baseline"] == "base"
+  assert runs(plan(sweep(*seed(3, 0.75)))) == [("base", 3), ("base", 0), ("more", 3)]
 
 
 def test_killed_sweep_comes_to_the_same_table(tmp_path):
