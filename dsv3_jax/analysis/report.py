@@ -158,7 +158,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _parallelism(runtime: dict[str, Any], state: dict[str, int]) -> list[tuple[str, str]]:
   """How the run was cut over devices; nothing of a run on one device in its compute dtype."""
   rows = []
-  mesh = {axis: n for axis, n in runtime.get("mesh", {}).items() if n > 1}
+  axes = runtime.get("mesh", {})
+  mesh = {axis: axes[axis] for axis in ("pipe", "data", "node", "gpu") if axes.get(axis, 1) > 1}
   schedule = runtime.get("pipeline", {}).get("schedule", "auto")
   if schedule == "auto":
     schedule = "dualpipe_v" if "pipe" in mesh else "none"
