@@ -72,6 +72,11 @@ class Arm:
     found = {seed: METRICS[metric].of(f.record) for seed, f in sorted(self.runs.items())}
     return {seed: v for seed, v in found.items() if isinstance(v, int | float)}
 
+  def without(self, metric: str) -> list[int]:
+    """Seeds of runs that finished without the metric: they diverged, or were not evaluated."""
+    has = self.values(metric)
+    return [s for s, f in self.runs.items() if f.record["finished"] and s not in has]
+
   def spread(self, metric: str) -> tuple[int, float | None, float | None]:
     """(n, mean, standard deviation) over the seeds."""
     return statistics.spread(list(self.values(metric).values()))

@@ -25,7 +25,8 @@ class Comparison:
     why: why this metric, where nobody chose it.
     differences: arm -> its metric less the baseline's; of the other arms.
     adjusted: arm -> p value adjusted for the number of arms; None where there is no test.
-    ranks: arm -> place by the mean, from 1; of arms that have the metric and finished.
+    ranks: arm -> place by the mean, from 1; of arms whose finished runs, one at least, all have
+      the metric: a run that diverged has none, and would leave its arm a better mean.
     notes: what could not be read, or was left out.
   """
 
@@ -79,7 +80,7 @@ def make(runs: Runs, baseline: str | None = None, metric: str | None = None) -> 
   others = [a for a in arms if a.name != baseline and a.finished and base.finished]
   differences = {a.name: statistics.paired(a.values(metric), base.values(metric)) for a in others}
   adjusted = statistics.holm([d.p for d in differences.values()])
-  means = {a.name: a.spread(metric)[1] for a in arms if a.finished}
+  means = {a.name: a.spread(metric)[1] for a in arms if a.finished and not a.without(metric)}
   ranked = sorted((mean, name) for name, mean in means.items() if mean is not None)
   plan = runs.plans[0] if runs.plans else None
   title = " and ".join(p.name for p in runs.plans) or (

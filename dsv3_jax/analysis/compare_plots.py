@@ -163,11 +163,13 @@ def expert_load(c: Comparison) -> Figure | None:
 
 
 def wrap(name: str, width: int, lines: int = 3) -> str:
-  """A name on at most `lines` lines; a middle that does not fit is left out."""
+  """A name on at most `lines` lines, as matplotlib shows it as it is written; a middle that does
+  not fit is left out."""
   most = width * lines - lines
   if len(name) > most:
     name = f"{name[:2 * most // 3]} … {name[-(most // 3 - 3):]}"
-  return "\n".join(textwrap.wrap(name, width) or [name])
+  # Between two dollars matplotlib would read a formula.
+  return "\n".join(textwrap.wrap(name, width) or [name]).replace("$", r"\$")
 
 
 def _cut(name: str) -> str:
@@ -242,7 +244,7 @@ def _limit(axes: Axes, curves: dict[str, Curve], zero: bool = False) -> None:
   for x_N, mean_N, deviation_N in curves.values():
     late_N = x_N >= x_N[0] + _SKIPPED * (x_N[-1] - x_N[0])
     late_N |= late_N.sum() < 3
-    spread_N = 0 if deviation_N is None else deviation_N
+    spread_N = 0 if deviation_N is None else np.nan_to_num(deviation_N)
     parts += [(mean_N - spread_N)[late_N], (mean_N + spread_N)[late_N]]
   values = np.concatenate(parts) if parts else np.zeros(0)
   values = values[np.isfinite(values)]

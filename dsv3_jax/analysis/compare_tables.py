@@ -16,7 +16,7 @@ def compact(c: Comparison) -> Table:
           "p, adjusted", *(METRICS[k].short for k in keys[1:])]
   rows = []
   for arm in c.arms:
-    rows.append([_title(c, arm), _count(arm), *(spread(arm, k) for k in keys[:1]),
+    rows.append([_title(c, arm), _count(c, arm), *(spread(arm, k) for k in keys[:1]),
                  _difference(c, arm), _p(c, arm), *(spread(arm, k) for k in keys[1:])])
   return head, rows
 
@@ -24,7 +24,7 @@ def compact(c: Comparison) -> Table:
 def arms(c: Comparison) -> Table:
   """Every metric of every arm."""
   keys = _measured(c, METRICS)
-  rows = [[_title(c, arm), _count(arm), str(c.ranks.get(arm.name, "-")),
+  rows = [[_title(c, arm), _count(c, arm), str(c.ranks.get(arm.name, "-")),
            *(spread(arm, k) for k in keys)] for arm in c.arms]
   return ["arm", "seeds", "rank", *(METRICS[k].short for k in keys)], rows
 
@@ -36,10 +36,10 @@ def differences(c: Comparison) -> Table:
   rows = []
   for name, d in c.differences.items():
     if d.mean is None:
-      rows.append([name, "0", "-", "-", "no common seed", "", "", ""])
+      rows.append([name, "0", "-", "-", _untested(c, name), "", "", ""])
       continue
     relative = f"{100 * d.mean / base:+.2f} %" if base else "-"
-    tested = ["1 seed: no test", "", ""] if d.low is None else [
+    tested = [_untested(c, name), "", ""] if d.low is None else [
         f"{d.low:+{form}} to {d.high:+{form}}", _number(d.p), _number(c.adjusted[name])]
     rows.append([name, str(len(d.seeds)), f"{d.mean:+{form}}", relative, *tested,
                  ", ".join(f"{v:+{form}}" for v in d.values)])
@@ -72,7 +72,12 @@ def verdict(c: Comparison) -> str:
     best = min(c.ranks, key=c.ranks.get)
     _, mean, _ = c.arm(best).spread(c.metric)
     said.append(f"Lowest: {best}, {mean:{METRICS[c.metric].form}}.")
-  tested = {n: d for n, d in c.differences.items() if d.low is not None}
+  lost = [f"{arm.name} (seed {', '.join(map(str, arm.without(c.metric)))})" for arm in c.arms
+          if arm.without(c.metric)]
+  if lost:
+    said.append(f"Not ranked, for runs that ended without a {what}: {'; '.join(lost)}.")
+  tested = {n: d for n, d in c.differences.items()
+            if d.low is not None and not c.arm(n).without(c.metric)}
   if tested:
     clear = {n: d for n, d in tested.items()
              if c.adjusted[n] is not None and c.adjusted[n] < SIGNIFICANT}
@@ -88,7 +93,7 @@ def verdict(c: Comparison) -> str:
     if same:
       said.append(f"With one difference on every seed, so that there is nothing to test: "
                   f"{'; '.join(same)}.")
-  elif c.differences:
+  elif any(len(d.seeds) == 1 for d in c.differences.values()):
     said.append("1 seed: no test.")
   return " ".join(said)
 
@@ -112,15 +117,19 @@ def _title(c: Comparison, arm: Arm) -> str:
   return arm.name + (f" ({', '.join(marks)})" if marks else "")
 
 
-def _count(arm: Arm) -> str:
-  return f"{len(arm.runs)}" + (f" of {len(arm.runs.keys() | arm.unfinished.keys())}"
-                               if arm.unfinished.keys() - arm.runs.keys() else "")
+def _count(c: Comparison, arm: Arm) -> str:
+  """Runs that count, and of how many where some have not finished or lack the tested metric."""
+  count = len(arm.runs.keys() - set(arm.without(c.metric)))
+  whole = len(arm.runs.keys() | arm.unfinished.keys())
+  return f"{count}" + (f" of {whole}" if count < whole else "")
 
 
 def _difference(c: Comparison, arm: Arm) -> str:
   d = c.differences.get(arm.name)
-  if d is None or d.mean is None:
+  if d is None:
     return "-"
+  if d.mean is None:
+    return _untested(c, arm.name)
   form = METRICS[c.metric].form
   interval = "" if d.low is None else f" [{d.low:+{form}}, {d.high:+{form}}]"
   return f"{d.mean:+{form}}{interval}"
@@ -131,7 +140,14 @@ def _p(c: Comparison, arm: Arm) -> str:
   d = c.differences.get(arm.name)
   if d is None:
     return "-"
-  return "1 seed: no test" if d.low is None else _number(c.adjusted[arm.name])
+  return _untested(c, arm.name) if d.low is None else _number(c.adjusted[arm.name])
+
+
+def _untested(c: Comparison, name: str) -> str:
+  """Why there is no interval."""
+  if c.differences[name].seeds:
+    return "1 seed: no test"
+  return "no common seed" if c.arm(name).values(c.metric) else "no value"
 
 
 def _number(p: float | None) -> str:

@@ -4,7 +4,8 @@ import numpy as np
 
 from dsv3_jax.analysis.arms import Arm
 
-Curve = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # x, mean and deviation over seeds [N]
+# x, mean and deviation over seeds [N]; NaN where no run has a value, and where fewer than two have.
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def curve(arm: Arm, key: str) -> Curve | None:
@@ -13,13 +14,14 @@ def curve(arm: Arm, key: str) -> Curve | None:
 
 
 def difference(arm: Arm, base: Arm) -> Curve | None:
-  """Smoothed training loss less the baseline's of the same seed."""
+  """Smoothed training loss less the baseline's of the same seed, as far as both went."""
   found = []
   for seed in arm.runs.keys() & base.runs.keys():
     x, y = _series(arm.runs[seed].record["curve"], "loss")
     base_x, base_y = _series(base.runs[seed].record["curve"], "loss")
     if len(x) and len(base_x):
-      found.append((x, y - np.interp(x, base_x, base_y, right=np.nan)))
+      both = (x >= base_x[0]) & (x <= base_x[-1])
+      found.append((x[both], y[both] - np.interp(x[both], base_x, base_y)))
   return _mean(found)
 
 
@@ -44,8 +46,9 @@ def _mean(found: list[tuple[np.ndarray, np.ndarray]]) -> Curve | None:
   x_N = max((x for x, _ in found), key=lambda x: x[-1])
   values = np.array([np.interp(x_N, x, y, left=np.nan, right=np.nan) for x, y in found])
   count_N = np.isfinite(values).sum(0)
-  mean_N = np.nansum(values, 0) / np.maximum(count_N, 1)
+  mean_N = np.where(count_N > 0, np.nansum(values, 0) / np.maximum(count_N, 1), np.nan)
   if len(found) == 1:
     return x_N, mean_N, None
   squares_N = np.nansum((values - mean_N) ** 2, 0)
-  return x_N, mean_N, np.sqrt(squares_N / np.maximum(count_N - 1, 1))
+  deviation_N = np.sqrt(squares_N / np.maximum(count_N - 1, 1))
+  return x_N, mean_N, np.where(count_N > 1, deviation_N, np.nan)

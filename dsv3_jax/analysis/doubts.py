@@ -39,8 +39,8 @@ class Doubt:
 
 def find(c: Comparison) -> list[Doubt]:
   """All of them, what weighs most first."""
-  looked = [f(c) for f in (_seeds, _unfinished, _skipped, _text, _training_text, _sizes, _commits,
-                           _machines, _tests, _order, _speed)]
+  looked = [f(c) for f in (_seeds, _unfinished, _valueless, _skipped, _text, _training_text, _sizes,
+                           _commits, _machines, _tests, _order, _speed)]
   found = [doubt for doubt in looked if doubt is not None]
   found += [Doubt(WARN, "files", note) for note in c.notes]
   return sorted(found, key=lambda d: (WARN, NOTE, GOOD).index(d.level))
@@ -86,6 +86,17 @@ def _unfinished(c: Comparison) -> Doubt | None:
     return Doubt(WARN, "unfinished runs", "These do not count in means and tests: "
                  f"{'; '.join(lines)}.")
   return Doubt(GOOD, "unfinished runs", "None: every run reached its last token.")
+
+
+def _valueless(c: Comparison) -> Doubt | None:
+  found = [f"{arm.name}, seed {_listed(arm.without(c.metric))}" for arm in c.arms
+           if arm.without(c.metric)]
+  if not found:
+    return None
+  return Doubt(WARN, "runs without a value", f"These finished without a {METRICS[c.metric].short}: "
+               f"{'; '.join(found)}. They diverged or were not evaluated. The arm's other runs are "
+               "a choice of the better ones, so it is not ranked, and its mean and difference say "
+               "less than they seem to.")
 
 
 def _skipped(c: Comparison) -> Doubt | None:
@@ -186,6 +197,9 @@ def _tests(c: Comparison) -> Doubt | None:
   tested = {name: d for name, d in c.differences.items() if d.low is not None}
   if not c.differences:
     return None
+  if not any(d.seeds for d in c.differences.values()):
+    return Doubt(WARN, "tests", "No arm has a seed with a value that the baseline has one of, too: "
+                 "no test.")
   if not tested:
     return Doubt(WARN, "tests", "1 seed: no test. A second seed gives an interval, a third a "
                  "useful one.")

@@ -43,7 +43,7 @@ def record(workdir: str | Path) -> dict[str, Any]:
     corpus: {"tokenizer", "text"}: hashes; that of the tokenized text differs with the tokenizer.
     final: loss, bits_per_byte, max_vio, accuracy, mtp_loss of the last validation; train_loss of
       the last step; train_smoothed and train_max_vio, exponential moving averages over the steps
-      (`statistics.ema`); skipped_steps.
+      (`statistics.ema`); these three None where the last loss is not finite; skipped_steps.
     evaluations: step, tokens, loss, bits_per_byte, max_vio of each.
     curve: step, tokens, seconds, loss, max_vio as lists; the last two smoothed like the above.
     load_LE: relative load of each expert at the last validation, and `rows` the names of L.
@@ -229,6 +229,8 @@ def _final(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
   final = summary.get("final") or (run.evals[-1] if run.evals else {})
   loss_N, steps = plots.column(run.train, "loss"), _spacing(run)
   smooth = lambda key: _last(statistics.ema(plots.column(run.train, key), steps))
+  if loss_N.size and not np.isfinite(loss_N[-1]):  # diverged: what it was before is no result
+    loss_N, smooth = loss_N[-1:], lambda key: None
   skipped = _last(plots.column(run.train, "skipped"))
   keys = ("loss", "bits_per_byte", "max_vio", "accuracy", "mtp_loss", "ema_loss",
           "ema_bits_per_byte")

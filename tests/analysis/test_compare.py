@@ -208,6 +208,32 @@ def test_unfinished_runs_of_an_arm_do_not_count(copy):
   assert list(c.arm("none").runs) == [0, 1, 2] and "none" not in c.differences | c.ranks
 
 
+def test_runs_that_diverged(copy):
+  """Oracle: by hand: the arm that lost its worst seed has no rank and is called no better; where
+  none is left there is no value, and both are warned of."""
+  pool, arm = copy
+  nan = dict.fromkeys(("loss", "bits_per_byte"), float("nan"))
+  for seed in range(3):
+    _edit(arm("deeper", seed), "summary.json", final=nan)
+  _edit(arm("none", 2), "summary.json", final=nan)
+  for seed in (0, 1):
+    _edit(arm("none", seed), "summary.json", final={"loss": 1.0 + 1e-3 * seed})
+  c = compare.make(gather.collect([pool]))
+  assert c.ranks == {"base": 1}
+  cells = {row[0]: row[1:5] for row in compare_tables.compact(c)[1]}
+  assert cells["none"][0] == "2 of 3" and cells["none"][1].startswith("1.0005")
+  assert cells["deeper"] == ["0 of 3", "-", "no value", "no value"]
+  assert compare_tables.differences(c)[1][0][4] == "no value"
+  said = compare_tables.verdict(c)
+  assert "Lowest: base" in said and "Better" not in said
+  assert "without a validation loss: deeper (seed 0, 1, 2); none (seed 2)" in said
+  doubt = _found(c, "runs without a value")
+  assert doubt.level == doubts.WARN and "deeper, seed 0, 1, 2; none, seed 2." in doubt.text
+  for seed in (0, 1):
+    _edit(arm("none", seed), "summary.json", final=nan)
+  assert "no test" in _found(compare.make(gather.collect([pool])), "tests").text
+
+
 @pytest.mark.parametrize("options, words", [
     ({"baseline": "dee"}, "did you mean 'deeper'"), ({"baseline": "x"}, "arms: base, deeper, none"),
     ({"metric": "mfu"}, "loss, bits_per_byte, smoothed")])

@@ -149,6 +149,35 @@ def test_curves(made):
   assert line.get_xdata()[-1] == pytest.approx(tokens[-1] / 1e12)  # TFLOP
 
 
+def test_curves_of_runs_that_end_early(made):
+  """Oracle: by hand: no difference where the baseline has ended, no deviation of one run."""
+  def cut(arm, lengths):
+    runs = {}
+    for seed, length in enumerate(lengths):
+      curve = {k: v[:length] for k, v in arm.runs[seed].record["curve"].items()}
+      runs[seed] = dataclasses.replace(arm.runs[seed],
+                                       record=arm.runs[seed].record | {"curve": curve})
+    return dataclasses.replace(arm, runs=runs)
+
+  whole = len(made.arms[0].first["curve"]["tokens"])
+  arm, base = cut(made.arm("none"), (whole, whole)), cut(made.arm("base"), (20, 30))
+  x, mean, deviation = curves.difference(arm, base)
+  assert len(x) == 30 and np.isfinite(mean).all()
+  assert np.isfinite(deviation[:20]).all() and np.isnan(deviation[20:]).all()
+  x, mean, deviation = curves.curve(cut(made.arm("none"), (20, whole)), "loss")
+  assert len(x) == whole and np.isfinite(mean).all() and np.isnan(deviation[20:]).all()
+  assert compare_plots.loss(dataclasses.replace(made, arms=(base, arm, made.arms[1])))
+
+
+def test_dollars_in_names(tmp_path):
+  """Law: a name between dollars, no formula, is drawn as it is written."""
+  arms = {"$5_$ less": ({}, 0.0), r"$\foo$ 7": ({"loss.bias_speed": 0.01}, 0.1)}
+  c = compare.make(gather.collect([synthetic.sweep(tmp_path, arms, seeds=2, steps=8)]))
+  for draw in (compare_plots.forest, compare_plots.loss, compare_plots.expert_load):
+    svg = plots.to_svg(draw(c))
+    assert all(name in svg for name in arms)
+
+
 def test_expert_load(made):
   """Oracle: the records' loads; one scale for all, whose end is a whole number above the largest.
   """
