@@ -10,8 +10,10 @@ time is a prediction:
                      Fitted to o_proj, kv_b; q_b, gate+up, down come out within 4 %, the narrow
                      2112 x 7168 at -17 %, the four grouped rows within 5 % (tests/cost)
     operands         the same table at 64 and 128 rows, which the operands' bytes limit: the mean
-    attention        profile trace of the report's authors (profile-data): 1.2 ms forward, 3.9 ms
-                     backward for 4096 tokens, on 112 of 132 SMs
+    attention        profile trace of the report's authors (profile-data), 4096 tokens on 112 of
+                     132 SMs: 1.2 ms forward; backward what is left of the 22.0 ms of attention
+                     kernels in 4 layers, 22.0 / 4 - 1.2 = 4.3 ms. The trace's
+                     one backward kernel is 3.9 ms, which would be a share of 0.55, not 0.495
     stream, cast     the same trace: norms, RoPE, SwiGLU, permutation; casts and transposes. Their
                      milliseconds over the bytes that operations.py counts for them
     overlap          the same trace: share of an overlapped pair that the compute stream is busy
@@ -24,6 +26,7 @@ Other devices inherit these shares unless their own are known: an assumption, no
 import dataclasses
 import difflib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -105,6 +108,10 @@ class Hardware:
   note: str = ""
 
   def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"hardware: {field.name}={value} must be a finite number")
     for name in ("bf16", "fp8", "fp32", "memory", "bandwidth", "fast_devices", "hops"):
       if getattr(self, name) <= 0:
         raise ConfigError(f"hardware: {name}={getattr(self, name)} must be positive")
@@ -188,8 +195,12 @@ def get(name: str) -> Hardware:
   return HARDWARE[name]
 
 
-def read(path: Path) -> Hardware:
+def read(path: Path, inside: tuple[Path, ...] = ()) -> Hardware:
   """A `Hardware` from JSON: its fields, or {"base": "h100", changed fields}.
+
+  Args:
+    path: the file; its base may be another one.
+    inside: files whose base this one is.
 
   Raises:
     ConfigError: no such file, not JSON, an unknown field, a wrong type or an impossible value.
@@ -202,10 +213,20 @@ def read(path: Path) -> Hardware:
     raise ConfigError(f"--hardware={path}: not JSON ({error})") from error
   if not isinstance(values, dict):
     raise ConfigError(f"--hardware={path}: an object with the fields of a device is expected")
-  base = values.pop("base", None)
+  base, shares = values.pop("base", None), values.get("shares", {})
+  if not isinstance(shares, dict):
+    raise ConfigError(f"--hardware={path}: shares={shares!r} must be an object, such as "
+                      '{"overlap": 0.9}')
   if base is not None:
-    start = dataclasses.asdict(get(base))
-    values = start | values | {"shares": start["shares"] | values.get("shares", {})}
+    if not isinstance(base, str):
+      raise ConfigError(f"--hardware={path}: base={base!r} must be a device's name "
+                        f"({', '.join(HARDWARE)}, cpu) or a JSON file's")
+    files = (*inside, path.resolve())
+    if base.endswith(".json") and Path(base).resolve() in files:
+      raise ConfigError(f"--hardware={path}: base={base!r} is the file itself, or starts from it; "
+                        f"name a device ({', '.join(HARDWARE)})")
+    start = dataclasses.asdict(read(Path(base), files) if base.endswith(".json") else get(base))
+    values = start | values | {"shares": start["shares"] | shares}
   missing = [f.name for f in dataclasses.fields(Hardware)
              if f.default is dataclasses.MISSING and f.name not in values]
   if missing:

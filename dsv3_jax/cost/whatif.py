@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from typing import NamedTuple
 
 from dsv3_jax import config
@@ -50,7 +51,7 @@ def apply(text: str, hw: Hardware) -> Hardware:
   if name in ("slow", "fast"):
     return dataclasses.replace(hw, **{name: getattr(hw, name) * _number(text, value)})
   if name == "sms":
-    return dataclasses.replace(hw, comm_sms=int(_number(text, value, least=0)))
+    return dataclasses.replace(hw, comm_sms=_count(text, value))
   if name == "unified":
     return dataclasses.replace(hw, fast_devices=2**31, slow=hw.fast)
   if name == "accumulation":
@@ -58,15 +59,20 @@ def apply(text: str, hw: Hardware) -> Hardware:
   return dataclasses.replace(hw, **{name: True})
 
 
-def _number(text: str, value: str, least: float | None = None) -> float:
+def _number(text: str, value: str) -> float:
   try:
     number = float(value)
   except ValueError:
-    number = float("nan")
-  if not (number >= least if least is not None else 0 < number < float("inf")):
-    raise ConfigError(f"--what-if={text}: {value!r} must be a "
-                      f"{'number of processors' if least is not None else 'positive factor'}")
+    number = math.nan
+  if not 0 < number < math.inf:
+    raise ConfigError(f"--what-if={text}: {value!r} must be a positive factor")
   return number
+
+
+def _count(text: str, value: str) -> int:
+  if not value.isdecimal():
+    raise ConfigError(f"--what-if={text}: {value!r} must be a whole number of processors")
+  return int(value)
 
 
 def changes(cfg: config.Config, hw: Hardware, texts: tuple[str, ...]) -> list[Change]:

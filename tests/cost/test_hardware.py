@@ -79,7 +79,11 @@ def test_json_from_a_base(tmp_path):
     ('{"base": "h100", "fast": "quick"}', "fast='quick'"),
     ('{"base": "h100", "comm_sms": 132}', "leaves none"),
     ('{"base": "h100", "bandwidth": 0}', "must be positive"),
-    ('{"base": "h100", "shares": {"overlap": 2}}', "overlap=2")])
+    ('{"base": "h100", "shares": {"overlap": 2}}', "overlap=2"),
+    ('{"base": 5}', "base=5 must be a device's name"),
+    ('{"base": "h100", "shares": 3}', "shares=3 must be an object"),
+    ('{"base": "h100", "price": NaN}', "price is NaN"),
+    ('{"base": "h100", "memory": Infinity}', "memory=inf must be a finite")])
 def test_bad_files(tmp_path, text, message):
   """Oracle: what is said of each mistake, and the file's name."""
   file = tmp_path / "mine.json"
@@ -87,6 +91,19 @@ def test_bad_files(tmp_path, text, message):
   with pytest.raises(ConfigError, match=message) as caught:
     hardware.get(str(file))
   assert str(file) in str(caught.value) or "h101" in text
+
+
+def test_a_base_in_a_circle(tmp_path):
+  """Oracle: the message names the file; a chain without a circle is read."""
+  one, two, three = (tmp_path / f"{n}.json" for n in ("one", "two", "three"))
+  one.write_text(json.dumps({"base": str(two)}))
+  two.write_text(json.dumps({"base": str(one)}))
+  three.write_text(json.dumps({"base": str(three)}))
+  for file in (one, three):
+    with pytest.raises(ConfigError, match="is the file itself, or starts from it"):
+      hardware.get(str(file))
+  two.write_text('{"base": "h200", "price": 3}')
+  assert hardware.get(str(one)) == dataclasses.replace(HARDWARE["h200"], price=3)
 
 
 def test_unknown_hardware():
