@@ -100,7 +100,7 @@ def bars(rows, unit, colours=plots.SERIES, height=0.5):
 
 # %%
 h800 = hardware.get("h800")
-v3 = cluster.reported(v3_671b.get_config())
+v3 = cluster.reported()
 found = cost.estimate(v3, h800)
 mesh = found.config.runtime.mesh
 sizes = " x ".join(map(str, (mesh.pipe, mesh.data, mesh.node, mesh.gpu)))
@@ -129,7 +129,7 @@ bars({"measured": measured, "predicted": {k: found.breakdown[k] for k in measure
 # All numbers that can be compared, with the error and what it comes from:
 
 # %%
-rows = check.rows(v3)
+rows = check.rows()
 assert all(row.within for row in rows)
 table(("", "report", "here", "error", "why"), *(
     (f"{r.what}, {r.unit}", f"{r.report:,.5g}", f"{r.ours:,.5g}",

@@ -108,3 +108,21 @@ def test_help_names_every_change(capsys):
   assert leave.value.code == 0
   text = capsys.readouterr().out
   assert all(name in text for name in whatif.HELP)
+
+
+def test_notes_are_text(tmp_path, capsys):
+  """Oracle: what a hardware file says is printed as it stands, brackets too; prices are numbers."""
+  file = tmp_path / "mine.json"
+  file.write_text(json.dumps({"base": "h100", "name": "[red]x[/red]", "note": "a [/b] note"}))
+  assert cli.run([*TINY, f"--hardware={file}"]) == 0
+  out = capsys.readouterr().out
+  assert "[red]x[/red]" in out and "a [/b] note" in out
+  assert cli.run([*TINY, "--hardware=h100", "--price=nan"]) == 2
+  assert "price=nan" in capsys.readouterr().err
+
+
+def test_no_rows_of_nothing(capsys):
+  """Law: no bubble without a pipeline, no MTP without MTP; no time below zero."""
+  assert cli.run([*TINY, "--hardware=h100", "--config.model.mtp_depth=0"]) == 0
+  out = capsys.readouterr().out
+  assert "bubble" not in out and "mtp " not in out and "e-07" not in out

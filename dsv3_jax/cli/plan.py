@@ -15,8 +15,10 @@ SUMMARY = "the fastest plan for a number of devices: mesh, schedule, micro-batch
 DESCRIPTION = (
     "Searches meshes (pipeline, data, node, gpu), schedules, micro-batches, remat and ZeRO for\n"
     "the shortest step of the config's model, recipe and batch that fits the devices' memory, and\n"
-    "says why the rest lose. Layers are dealt out to stages by their time. The time is the one of\n"
-    "`dsv3 cost`; the memory is what the plan needs on the fullest device, with 5 % left free.\n"
+    "says why the rest lose. Recipe, dtypes, dispatch and the cut of the vocabulary stay as the\n"
+    "config has them, but buffers for the worst case become 1.5 times the mean. Layers are dealt\n"
+    "out to stages by their time. The time is the one of `dsv3 cost`; the memory is what the plan\n"
+    "needs on the fullest device, with 5 % left free.\n"
     "This code's own program holds more (collected masters, fixed buffers for dispatch, room on\n"
     "every rank for what the fullest needs): the table's last column. With --program that one\n"
     "has to fit.")
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
   programs = [memory.estimate(p.config, "gpu").total for p in found.best]
   if args.json:
     content = {"devices": args.gpus, "hardware": hw.name, "room": search.room,
+               "held_fixed": plan.held(cfg),
                "best": [p.to_dict(cfg) | {"program_memory": n}
                         for p, n in zip(found.best, programs, strict=True)],
                "losers": [{"axis": x.axis, "value": x.value, "reason": x.reason,
@@ -91,10 +94,11 @@ def _print(cfg, args: argparse.Namespace, search: "plan.Search", found: "plan.Fo
 
   from dsv3_jax.cost import plan
 
-  console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+  console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
   n = found.counted
   console.print(f"{args.gpus} x {search.hw.name}, {search.room / 1e9:.0f} GB to use of each; "
                 f"{cfg.data.batch_size} sequences of {cfg.data.sequence_length} a step\n"
+                f"Held fixed: {plan.held(cfg)}\n"
                 f"{n['choices']} choices: {n['illegal']} not legal, {n['too_large']} found too "
                 f"large, {n['simulated']} simulated\n")
   table = Table(box=None, pad_edge=False, header_style="bold")

@@ -39,16 +39,21 @@ def on(cfg: Config, devices: int) -> Config:
       "data.batch_start": start})
 
 
-def reported(cfg: Config) -> Config:
-  """The report's plan for its model: 2,048 GPUs, DualPipe, a sequence a GPU and micro-batch.
+def reported() -> Config:
+  """The report's model and plan: 2,048 GPUs, DualPipe, a sequence a GPU and micro-batch.
 
   Not published, and so assumed: four layers a stage, as the trace's chunks hold, which leaves the
   last of 16 stages one layer, MTP and both heads; whole embedding and head where they are used.
-  Their all-to-alls send what is needed, no padded buffers.
+  Their all-to-alls send what is needed, no padded buffers. Nothing else comes from a run's config,
+  so that what is compared with the report does not change with it.
   """
-  return config.replace(cfg, **{
-      "runtime.mesh": config.Mesh(pipe=16, data=2, node=8, gpu=8),
-      "runtime.pipeline": config.Pipeline("dualpipe", (4,) * 15 + (1,)),
-      "runtime.shard_vocab": False, "runtime.zero": 1, "runtime.dispatch.transport": "ragged",
-      "runtime.recipe": "v3", "runtime.remat": "report", "data.sequence_length": 4096,
-      "data.batch_size": 15360, "data.batch_start": 3072, "data.microbatch": 128})
+  return Config(
+      model=config.preset("v3_671b"),
+      runtime=config.Runtime(
+          compute_dtype="bfloat16", recipe="v3", remat="report", zero=1,
+          mesh=config.Mesh(pipe=16, data=2, node=8, gpu=8),
+          pipeline=config.Pipeline("dualpipe", (4,) * 15 + (1,)),
+          dispatch=config.Dispatch(transport="ragged")),
+      optim=config.Optim(mu_dtype="bfloat16", nu_dtype="bfloat16", ema_decay=0.999),
+      data=config.Data(sequence_length=4096, batch_size=15360, batch_start=3072, microbatch=128),
+      train=config.Train(tokens=config.REPORT_TOKENS))

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 
 from dsv3_jax import config
 from dsv3_jax.cost import arrays, kept, pipe, work
-from dsv3_jax.cost.kept import FP32
+from dsv3_jax.cost.kept import FP32, Shape
 
 MOMENTS = {"float32": 4, "bfloat16": 2}
 COMPONENTS = ("master weights", "moments", "batch and counters", "compute weights", "gradients",
@@ -142,12 +142,19 @@ def estimate(cfg: config.Config, device: str = "cpu") -> Memory:
   if cfg.runtime.schedule != "none":
     ranks, in_flight = pipe.ranks(cfg, state_bytes(cfg), cpu)
     return Memory(tuple(Rank(_ordered(r[0]), *r[1:]) for r in ranks), host, in_flight)
-  return Memory((_alone(cfg, cpu),), host, 1)
+  return Memory((alone(cfg, cpu),), host, 1)
 
 
-def _alone(cfg: config.Config, cpu: bool) -> Rank:
-  """Without a pipeline."""
-  s, runtime, model = kept.shape(cfg, cpu), cfg.runtime, cfg.model
+def alone(cfg: config.Config, cpu: bool, least: tuple[Shape, int] | None = None) -> Rank:
+  """Without a pipeline.
+
+  Args:
+    cfg, cpu: as `estimate`'s.
+    least: for `needed.py`, the shape of a layer in place of this program's, and bytes of weights
+      besides the masters, where those are fewer. Gradients then go into their sums as they come.
+  """
+  runtime, model = cfg.runtime, cfg.model
+  s = least[0] if least else kept.shape(cfg, cpu)
   found = arrays.parameters(model)
   grads = {a: FP32 * arrays.in_use(a, runtime) * max(a.depth, 1) for a in found}
   depths = {"dense": model.dense_layers, "moe": model.moe_layers, "mtp": model.mtp_depth}
@@ -164,6 +171,7 @@ def _alone(cfg: config.Config, cpu: bool) -> Rank:
       if cpu and stack != "dense":
         zeros += work.starts(cfg, s) if stack in loops else depth * work.late_starts(cfg, s)
   weights = work.weights(cfg, depths, cpu)
+  weights = min(weights, least[1]) if least else weights
   micros = cfg.data.batch_size // (cfg.data.microbatch or cfg.data.batch_size)
   sums = sum(grads.values()) if micros > 1 else 0  # over micro-batches
   early = sum(n for a, n in grads.items() if a.name == "embedding_VD" or a.stack in loops
@@ -180,6 +188,8 @@ def _alone(cfg: config.Config, cpu: bool) -> Rank:
       made += sum(n for a, n in grads.items() if a.stack == stack and stack not in loops
                   and not (cpu and a.experts))
   moments["update"] = (sum(grads.values()), 0, 0)
+  if least and sums:
+    moments = {name: (0, *others) for name, (_, *others) in moments.items()}
   moment = max(moments, key=lambda m: sum(moments[m]))
   made, alive, working = moments[moment]
   during = moment != "update"

@@ -1,7 +1,7 @@
 """The least memory that a plan needs, whoever runs it: for `plan.py`, which compares plans.
 
 `memory.py` counts what this code's one program for all ranks holds. A plan needs less. Here a rank
-holds only what its own stages keep; weights in the form in which they multiply, and not collected
+holds only what its own stages keep, masters and moments of theirs without ZeRO-1 too; weights in the form in which they multiply, and not collected
 masters besides; dispatched rows as many as the router sends in the mean, not as many as fixed
 buffers have room for. Residuals, remat and the schedule's micro-batches in flight are the same.
 """
@@ -15,6 +15,8 @@ from dsv3_jax.cost import arrays, kept, memory, pipe, work
 from dsv3_jax.cost.kept import FP32, Shape
 from dsv3_jax.model.cut import Kind, cut
 from dsv3_jax.parallel import odds
+
+_MOMENTS = memory.MOMENTS | {"float8": 1 + FP32 / 128}  # bytes a value, with its share of a scale
 
 
 def shape(cfg: config.Config) -> Shape:
@@ -39,17 +41,18 @@ def estimate(cfg: config.Config) -> memory.Memory:
   """
   model, mesh = cfg.model, cfg.runtime.mesh
   state, s = memory.state_bytes(cfg), shape(cfg)
+  host = FP32 * sum(a.size for a in arrays.parameters(model)) if cfg.optim.ema_decay else 0
   if cfg.runtime.schedule == "none":
-    stages, peaks = [[Kind(model.dense_layers, model.moe_layers, True)]], (1,)
-    firsts = [True]
-  else:
-    micros = cfg.data.batch_size // (cfg.data.microbatch or cfg.data.batch_size)
-    schedule, peaks = pipe.plan(cfg.runtime.schedule, mesh.pipe, micros)
-    kinds = cut(model, schedule.stages, cfg.runtime.pipeline.layers or None)
-    own = [[stage for route in schedule.routes for stage, (r, _) in enumerate(route) if r == rank]
-           for rank in range(schedule.ranks)]
-    stages = [[kinds[stage] for stage in of] for of in own]
-    firsts = [0 in of for of in own]
+    weights, _ = _weights(cfg, _layers(model, [Kind(model.dense_layers, model.moe_layers, True)],
+                                       True))
+    return memory.Memory((memory.alone(cfg, False, (s, weights)),), host, 1)
+  micros = cfg.data.batch_size // (cfg.data.microbatch or cfg.data.batch_size)
+  schedule, peaks = pipe.plan(cfg.runtime.schedule, mesh.pipe, micros)
+  kinds = cut(model, schedule.stages, cfg.runtime.pipeline.layers or None)
+  own = [[stage for route in schedule.routes for stage, (r, _) in enumerate(route) if r == rank]
+         for rank in range(schedule.ranks)]
+  stages = [[kinds[stage] for stage in of] for of in own]
+  firsts = [0 in of for of in own]
   alike: dict[tuple, memory.Rank] = {}
   ranks = []
   for key in zip(map(tuple, stages), firsts, peaks, strict=True):
@@ -58,18 +61,20 @@ def estimate(cfg: config.Config) -> memory.Memory:
       parts = {name: int((state | parts).get(name, 0)) for name in memory.COMPONENTS}
       alike[key] = memory.Rank(parts, "tick", residuals, sum(parts.values()))
     ranks.append(alike[key])
-  host = FP32 * sum(a.size for a in arrays.parameters(model)) if cfg.optim.ema_decay else 0
   return memory.Memory(tuple(ranks), host, max(peaks))
 
 
-def _rank(cfg: config.Config, s: Shape, kinds: Sequence[Kind], first: bool, in_flight: int
-          ) -> tuple[dict[str, int], dict[str, int]]:
-  """Components besides the state, and the mean residuals of a micro-batch in one of the stages."""
-  runtime, model, item = cfg.runtime, cfg.model, kept.itemsize(cfg.runtime)
+def _layers(model: config.Model, kinds: Sequence[Kind], first: bool) -> dict[str, int]:
+  """How many layers of each stack, and which of the other arrays, stages of these kinds have."""
   last = any(k.last for k in kinds)
-  layers = {"dense": sum(k.dense for k in kinds), "moe": sum(k.moe for k in kinds),
-            "mtp": model.mtp_depth * last, "embedding_VD": first, "head_DV": last,
-            "final_norm_D": last}
+  return {"dense": sum(k.dense for k in kinds), "moe": sum(k.moe for k in kinds),
+          "mtp": model.mtp_depth * last, "embedding_VD": first, "head_DV": last,
+          "final_norm_D": last}
+
+
+def _weights(cfg: config.Config, layers: dict[str, int]) -> tuple[int, int]:
+  """Bytes of the weights as they multiply, besides the masters; and how many values there are."""
+  runtime, model, item = cfg.runtime, cfg.model, kept.itemsize(cfg.runtime)
   fp8 = kept.quantizes(runtime) and kept.operands(runtime).fprop_w.startswith("e")
   weights = values = 0
   for stack, (linear, others) in _sizes(model, runtime.mesh.node * runtime.mesh.gpu,
@@ -78,6 +83,23 @@ def _rank(cfg: config.Config, s: Shape, kinds: Sequence[Kind], first: bool, in_f
     plain = item if item < FP32 or runtime.zero else 0
     values += (linear + others) * layers[stack]
     weights += (linear * (2 if fp8 else plain) + others * plain) * layers[stack]
+  return weights, values
+
+
+def _rank(cfg: config.Config, s: Shape, kinds: Sequence[Kind], first: bool, in_flight: int
+          ) -> tuple[dict[str, int], dict[str, int]]:
+  """Components, and the mean residuals of a micro-batch in one of the stages.
+
+  Of the state the masters and moments without ZeRO-1 alone, which then are its own stages'.
+  """
+  runtime, model, item = cfg.runtime, cfg.model, kept.itemsize(cfg.runtime)
+  last, layers = any(k.last for k in kinds), _layers(model, kinds, first)
+  fp8 = kept.quantizes(runtime) and kept.operands(runtime).fprop_w.startswith("e")
+  weights, values = _weights(cfg, layers)
+  state = {} if runtime.zero else {
+      "master weights": FP32 * values,
+      "moments": sum(round(values * _MOMENTS[d]) for d in (cfg.optim.mu_dtype,
+                                                           cfg.optim.nu_dtype))}
   totals: collections.Counter = collections.Counter()
   for k in kinds:
     for moe, n in ((False, k.dense), (True, k.moe + model.mtp_depth * k.last)):
@@ -93,7 +115,7 @@ def _rank(cfg: config.Config, s: Shape, kinds: Sequence[Kind], first: bool, in_f
   if last:
     working = max(working, sum(work.head(cfg, s)))
   exchange = 2 * s.arrived * model.dim * (item + (1 if fp8 else item)) if s.room and moe else 0
-  return {"compute weights": weights, "gradients": FP32 * values,
+  return state | {"compute weights": weights, "gradients": FP32 * values,
           "activations": in_flight * sum(residuals.values()), "working set": working,
           "all-to-all buffers": exchange}, residuals
 

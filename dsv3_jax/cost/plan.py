@@ -68,12 +68,21 @@ class Plan:
 
   def notes(self, base: config.Config) -> list[str]:
     """What to know before the plan is run."""
+    found = []
     before, after = base.data.batch_start, self.config.data.batch_start
-    if before == after:
-      return []
-    return [f"batches begin at {after or self.config.data.batch_size} sequences, not at {before}: "
-            f"{self.choice.schedule} on {self.choice.pipe} rank(s) has no order for "
-            f"{before / self.config.data.microbatch:g} micro-batches"]
+    if before != after:
+      found.append(
+          f"batches begin at {after or self.config.data.batch_size} sequences, not at {before}: "
+          f"{self.choice.schedule} on {self.choice.pipe} rank(s) has no order for "
+          f"{before / self.config.data.microbatch:g} micro-batches")
+    old, new = base.runtime, self.config.runtime
+    if old.dispatch.factor != new.dispatch.factor:
+      found.append(f"runtime.dispatch.factor={new.dispatch.factor:g}, over the mean share: buffers "
+                   f"for the worst case ({old.dispatch.factor:g}) would be larger and slower")
+    if old.shard_vocab and not new.shard_vocab:
+      found.append(f"runtime.shard_vocab=false: {self.choice.experts} devices do not divide "
+                   f"model.vocab_size={base.model.vocab_size}")
+    return found
 
   def to_dict(self, base: config.Config) -> dict[str, Any]:
     return {"choice": self.choice._asdict(), "layers": list(self.layers), "step_s": self.step,
@@ -94,6 +103,17 @@ def _changes(old: Any, new: Any, path: str) -> list[str]:
   if isinstance(new, tuple):
     return [f"{path}={','.join(map(str, new)) or '()'}"]
   return [f"{path}={str(new).lower() if isinstance(new, bool) else new}"]
+
+
+def held(cfg: config.Config) -> str:
+  """What the search leaves as the config has it, and a step's time depends on."""
+  r, o = cfg.runtime, cfg.optim
+  sent = f"dispatch {r.dispatch.form}, {r.dispatch.transport}"
+  if r.dispatch.transport == "dense":
+    sent += f" (whole buffers, factor {r.dispatch.factor or space.ROOM:g})"
+  return (f"recipe {r.recipe}, {r.compute_dtype}; {sent if cfg.model.moe_layers else 'no experts'}; "
+          f"vocabulary {'cut over node and gpu' if r.shard_vocab else 'whole'}; moments "
+          f"{o.mu_dtype}, {o.nu_dtype}")
 
 
 class Loser(NamedTuple):
@@ -174,11 +194,15 @@ class Search:
     """The plan, its step simulated; None where it does not fit."""
     if self.memory(choice).total > self.room:
       return None
-    if choice not in self._plans:
+    if choice not in self._plans and choice not in self.illegal:
       cfg = self._config(choice)
-      self._plans[choice] = Plan(choice, self._layers[choice], cfg, self.memory(choice),
-                                 step.estimate(cfg, self.hw))
-    return self._plans[choice]
+      try:
+        time = step.estimate(cfg, self.hw)
+      except ValueError as e:  # a ConfigError too: a link between ranks that the hardware lacks
+        self.illegal[choice] = str(e)
+      else:
+        self._plans[choice] = Plan(choice, self._layers[choice], cfg, self.memory(choice), time)
+    return self._plans.get(choice)
 
   def best(self, count: int, among: Iterable[Choice] | None = None) -> list[Plan]:
     """The fastest plans that fit, fastest first; ties go to the one that needs less memory."""
@@ -206,19 +230,30 @@ class Search:
 
   def _loser(self, axis: str, value: Any, winner: Plan) -> Loser:
     family = [c for c in self._bounds if getattr(c, axis) == value]
+    best = self.best(1, family)
+    if best:
+      return Loser(axis, value, best[0], self._instead(axis, value, winner, best[0])
+                   + slower(best[0], winner))
+    family = [c for c in family if c not in self.illegal]
     if not family:
       reasons = collections.Counter(text for c, text in self.illegal.items()
                                     if getattr(c, axis) == value)
       return Loser(axis, value, None, f"not possible: {reasons.most_common(1)[0][0]}")
-    best = self.best(1, family)
-    if best:
-      return Loser(axis, value, best[0], slower(best[0], winner))
     least = min((self.memory(c) for c in family), key=lambda m: m.total)
     parts = sorted(least.worst.parts.items(), key=lambda p: -p[1])[:2]
     return Loser(axis, value, None,
                  f"does not fit: needs {least.total / 1e9:.1f} GB at least, "
                  f"{(least.total - self.room) / 1e9:.1f} too many ("
                  + ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts) + ")")
+
+  def _instead(self, axis: str, value: Any, winner: Plan, best: Plan) -> str:
+    """What a family's best plan is, where the winner with that value alone would not fit."""
+    alike = winner.choice._replace(**{axis: value}) if axis in Choice._fields else None
+    if alike not in self._bounds or self.memory(alike).total <= self.room:
+      return ""
+    other = ", ".join(f"{name} {getattr(best.choice, name)}" for name in AXES
+                      if name != axis and getattr(best.choice, name) != getattr(winner.choice, name))
+    return f"the first would need {self.memory(alike).total / 1e9:.1f} GB; with {other}, "
 
   def run(self, count: int = 8) -> Found:
     """Best plans and losers.
@@ -228,16 +263,32 @@ class Search:
     """
     best = self.best(count)
     if not best:
-      least = min((self.memory(c) for c in self._bounds), key=lambda m: m.total)
-      raise config.ConfigError(
-          f"nothing fits: {self.hw.name} has {self.room / 1e9:.1f} GB to give and the smallest of "
-          f"{len(self._bounds)} plans needs {least.total / 1e9:.1f}; take more devices "
-          "(--gpus), a recipe, or bfloat16 moments (optim.mu_dtype, nu_dtype)")
+      raise config.ConfigError(self._nothing())
     losers = self.losers(best[0])
     counted = {"choices": len(self._bounds) + len(self.illegal), "illegal": len(self.illegal),
                "too_large": sum(m.total > self.room for m in self._memory.values()),
                "simulated": len(self._plans)}
     return Found(best, losers, counted)
+
+  def _nothing(self) -> str:
+    """Why there is no plan: too little memory, and what kept other choices out."""
+    legal = [c for c in self._bounds if c not in self.illegal]
+    reasons = collections.Counter(self.illegal.values()).most_common(1)
+    rest = (f" ({len(self.illegal)} more choices are not possible, most of them since: "
+            f"{reasons[0][0]})" if reasons else "")
+    if not legal:
+      return f"no plan is possible on {self.hw.name}{rest}"
+    least = min((self.memory(c) for c in legal), key=lambda m: m.total)
+    runtime, optim = self.cfg.runtime, self.cfg.optim
+    ways = ["more devices (--gpus)"]
+    if runtime.recipe == "none":
+      ways.append("a recipe (runtime.recipe)")
+    if "float32" in (optim.mu_dtype, optim.nu_dtype):
+      ways.append("bfloat16 moments (optim.mu_dtype, nu_dtype)")
+    if not runtime.shard_vocab:
+      ways.append("runtime.shard_vocab")
+    return (f"nothing fits: {self.hw.name} has {self.room / 1e9:.1f} GB to give and the smallest "
+            f"of {len(legal)} plans needs {least.total / 1e9:.1f}; take {', or '.join(ways)}{rest}")
 
 
 def slower(plan: Plan, winner: Plan) -> str:

@@ -59,13 +59,15 @@ def choices(cfg: config.Config, devices: int, hw: Hardware) -> Iterator[Choice]:
   as many devices elsewhere would only be slower.
   """
   layers = cfg.model.layers + cfg.model.mtp_depth
+  moe = cfg.model.moe_layers + cfg.model.mtp_depth
   fast = min(hw.fast_devices, devices)
   for ranks in divisors(devices):
     if ranks > layers:
       break
     names = config.SCHEDULES[2:] if ranks > 1 else ("none", "dualpipe_v")
-    for experts in divisors(devices // ranks):
-      if experts > 1 and cfg.model.moe.experts % experts:
+    # node and gpu cut experts and words; a model with neither to cut uses data alone.
+    for experts in divisors(devices // ranks) if moe or cfg.runtime.shard_vocab else (1,):
+      if moe and cfg.model.moe.experts % experts:
         continue
       gpu = max(d for d in divisors(experts) if d <= fast)
       if experts > fast and gpu < fast and fast % gpu == 0:

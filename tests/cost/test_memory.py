@@ -193,6 +193,33 @@ def test_report_by_hand():
   assert found.total < 80e9 * 0.95  # and so it was trained
 
 
+def test_without_zero_a_rank_has_its_own_state():
+  """Oracle: sums by hand: twice 4 MoE layers of the report's plan, fp32 masters, two bf16 moments.
+  """
+  found = needed.estimate(config.replace(V3, **{"runtime.zero": 0}))
+  middle, last = found.ranks[7].parts, found.ranks[0].parts
+  assert middle["master weights"] == middle["gradients"] == middle["moments"]
+  assert middle["master weights"] == needed.estimate(V3).ranks[7].parts["gradients"]
+  assert last["master weights"] == last["gradients"]
+  cfg = config.replace(V3, **{"runtime.zero": 0, "optim.nu_dtype": "float32"})
+  assert needed.estimate(cfg).ranks[7].parts["moments"] == 1.5 * middle["moments"]
+  # Without a pipeline there is one rank, which has all of it.
+  whole = needed.estimate(SMALL).worst.parts
+  assert whole["master weights"] == 4 * sum(a.size for a in arrays.parameters(SMALL.model))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"data.microbatch": 2}, {"runtime.remat": "report", "runtime.compute_dtype": "bfloat16"},
+    {"runtime.mesh.gpu": 4, "runtime.dispatch.factor": 1.5},
+    {"runtime.mesh.gpu": 4, "runtime.mesh.data": 2, "runtime.zero": 1, "data.batch_size": 32,
+     "data.microbatch": 8}])
+def test_needed_without_a_pipeline(changes):
+  """Law: a plan needs no more than the program for it holds, at any of its moments."""
+  cfg = config.replace(SMALL, **changes)
+  plan, program = needed.estimate(cfg), memory.estimate(cfg, "gpu")
+  assert 0.3 * program.total < plan.total <= program.total
+
+
 def test_cache():
   """Oracle: 70,272 bytes a token of the report's model in bf16; 61 layers of 512 + 64 numbers."""
   model = V3.model

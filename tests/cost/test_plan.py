@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax import cli, config
 from dsv3_jax.config import ConfigError
-from dsv3_jax.cost import hardware, needed, plan, space, step
+from dsv3_jax.cost import cluster, hardware, needed, plan, space, step
 from dsv3_jax.parallel import schedules
 
 H800 = hardware.get("h800")
@@ -18,6 +18,25 @@ def report_config():
   from dsv3_jax.cli.configs import load_config
 
   return load_config(V3)
+
+
+THEIRS = space.Choice(16, 2, 8, 8, "dualpipe", 1, "report", 1)
+
+
+def test_report_s_own_numerics():
+  """Oracle: `dsv3 cost --check`'s config of the report: whole words, no padded buffers.
+
+  By our count it does not fit with 5 % of the memory free, but with 3 %; then it is as fast as the
+  best, and its step the one that is compared with the report.
+  """
+  cfg = cluster.reported()
+  keep = lambda c: c.remat == "report" and c.sequences == 1 and c.zero == 1 and c.pipe in (8, 16)
+  search = plan.Search(cfg, 2048, H800, reserve=0.03, keep=keep)
+  best = search.best(3)
+  theirs = next(p for p in best if p.choice == THEIRS)
+  assert theirs.step < 1.01 * best[0].step
+  assert theirs.step == pytest.approx(step.estimate(cfg, H800).step, rel=0.01)
+  assert 0.95 * 80e9 < theirs.memory.total < 0.97 * 80e9
 
 
 def small():
@@ -36,10 +55,12 @@ def on_2048():
 
 
 def test_report_is_among_the_best(on_2048):
-  """Oracle: the report's plan (facts 3.2): PP16, EP64 over 8 nodes, ZeRO-1, DualPipe."""
+  """Oracle: the report's plan (facts 3.2): PP16, EP64 over 8 nodes, ZeRO-1, DualPipe.
+
+  As our experiment has it: words cut over node and gpu, dense buffers.
+  """
   search, found = on_2048
-  theirs = space.Choice(16, 2, 8, 8, "dualpipe", 1, "report", 1)
-  place = [p.choice for p in found.best].index(theirs)
+  place = [p.choice for p in found.best].index(THEIRS)
   assert found.best[place].step < 1.01 * found.best[0].step
   assert found.best[place].step == pytest.approx(19.926, rel=0.05)  # facts 3.5, measured
   assert [p.step for p in found.best] == sorted(p.step for p in found.best)
@@ -48,10 +69,15 @@ def test_report_is_among_the_best(on_2048):
 
 def test_losers_say_why(on_2048):
   """Law: one line for each value that the best has not, with the right kind of reason."""
-  _, found = on_2048
+  search, found = on_2048
   lines = {(x.axis, x.value): x for x in found.losers}
-  assert lines["zero", 0].reason.startswith("does not fit")
-  assert "master weights" in lines["zero", 0].reason
+  # Whole masters and moments of a rank's own stages: 95 GB, and 76 are to be had; so the rest of
+  # the plan has to change.
+  without = found.best[0].config
+  needs = needed.estimate(config.replace(without, **{"runtime.zero": 0})).total
+  assert needs > search.room
+  assert lines["zero", 0].reason.startswith(f"the first would need {needs / 1e9:.1f} GB; with ")
+  assert "remat layer" in lines["zero", 0].reason and lines["zero", 0].best.step > 22
   assert lines["remat", "none"].reason.startswith("does not fit")
   assert "activations" in lines["remat", "none"].reason
   assert lines["pipe", 1].reason.startswith("not possible")

@@ -142,7 +142,7 @@ def test_dimensions():
   """Law: a machine twice as fast in everything takes half the time; links alone change sending."""
   twice = dataclasses.replace(H800, **{name: 2 * getattr(H800, name) for name in (
       "bf16", "fp8", "fp32", "vector", "bandwidth", "fast", "slow")})
-  cfg = cluster.reported(experiment("v3_671b"))
+  cfg = cluster.reported()
   whole, half = estimate(cfg, H800), estimate(cfg, twice)
   assert half.step == pytest.approx(whole.step / 2)
   assert half.mfu() == pytest.approx(whole.mfu())
@@ -157,7 +157,7 @@ def test_dimensions():
 
 def test_recomputed_layers_dispatch_again():
   """Oracle: by hand: with remat="layer" the rows of each MoE layer are sent once more."""
-  cfg = cluster.reported(experiment("v3_671b"))
+  cfg = cluster.reported()
   kept, again = (estimate(config.replace(cfg, **{"runtime.remat": r}), H800)
                  for r in ("report", "layer"))
   assert again.stages[1].send_forward == kept.stages[1].send_forward
