@@ -28,7 +28,6 @@ MODE = os.environ.get("DSV3_NOTEBOOK", "live")
 
 # %%
 import dataclasses
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 from IPython.display import Markdown, display
@@ -39,15 +38,6 @@ from dsv3_jax.cost import budget, check, cluster, hardware, needed, plan, whatif
 
 # %matplotlib inline
 plt.rcParams["figure.dpi"] = 100  # a figure on a cell's last line is shown
-
-# The experiments lie beside the package, not in it.
-root = next((str(p) for p in (Path.cwd(), Path.cwd().parent) if (p / "experiments").is_dir()), None)
-if root is None:
-  root = "dsv3-jax"
-  subprocess.run(["git", "clone", "--quiet", "--depth=1", "https://github.com/dsv3-jax/dsv3-jax",
-                  root], check=True)
-sys.path.insert(0, root)
-from experiments import v3_671b
 
 
 def play(draw, **sliders):

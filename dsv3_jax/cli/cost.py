@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
   if args.check and not check.is_reported(cfg.model):
     raise ConfigError(f"--check compares with the report's model; {args.config} is another")
   hw = _hardware(args, cfg)
+  given = cfg
   if args.gpus is not None:
     cfg = cluster.on(cfg, args.gpus)
   texts = _texts(args.what_if)
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     raise
   except ValueError as error:  # schedules and stages name what they miss, not the keys
     raise ConfigError(f"runtime.pipeline and runtime.mesh.pipe: {error}") from error
-  content = _content(args, cfg, found, texts, whatif)
+  content = _content(args, cfg, found, texts, whatif) | {"notes": cluster.notes(given, cfg)}
   if args.plot:
     content["scaling"] = _scaling(cfg, hw)
     from dsv3_jax.analysis import cost_plot
@@ -236,6 +237,8 @@ def _head(console: "Console", c: dict[str, Any]) -> None:
       f"recipe {c['recipe']}, remat {c['remat']}"))
   if c["hardware"]["note"]:
     console.print(f"{c['hardware']['name']}: {c['hardware']['note']}")
+  for note in c["notes"]:
+    console.print(f"Note: {note}")
   mtp = model["parameters"]["mtp"]
   console.print(f"{model['parameters']['main']:,} parameters, {model['activated']['main']:,} "
                 f"activated a token" + (f"; MTP {mtp:,} more" if mtp else "")

@@ -7,8 +7,9 @@ from dsv3_jax.config import Config, ConfigError
 def on(cfg: Config, devices: int) -> Config:
   """`cfg` on so many devices: more or fewer data-parallel parts, the other mesh axes as they are.
 
-  A device keeps its sequences of a micro-batch, as far as the batch allows; so there are fewer
-  micro-batches, the more devices.
+  A device keeps its sequences of a micro-batch, as far as the batch divides; so there are fewer
+  micro-batches, the more devices. A ramp begins with whole micro-batches. `notes` says what else
+  than the mesh and the micro-batch is not as it was.
 
   Raises:
     ConfigError: the number is no multiple of the other axes' product, or exceeds what the batch can
@@ -22,21 +23,31 @@ def on(cfg: Config, devices: int) -> Config:
                       f"{max(devices // part, 1) * part}")
   shards = devices // mesh.pipe
   held = (data.microbatch or data.batch_size) // mesh.batch_shards
-  sizes = {data.batch_size, data.batch_start or data.batch_size}
-  held = next((h for h in range(held, 0, -1) if all(s % (h * shards) == 0 for s in sizes)), 0)
-  if not held:
-    # The ramp's start may be too small for so many; the full batch is what counts here.
-    sizes = {data.batch_size}
-    held = next((h for h in range(max(held, 1), 0, -1)
-                 if data.batch_size % (h * shards) == 0), 0)
+  held = next((h for h in range(held, 0, -1) if data.batch_size % (h * shards) == 0), 0)
   if not held:
     raise ConfigError(f"--gpus={devices}: {shards} devices share each of data.batch_size="
                       f"{data.batch_size} sequences' micro-batches, which that does not divide; "
                       "choose a divisor, or another batch")
-  start = data.batch_start if data.batch_start in sizes else 0
+  micro = held * shards
+  start = -(-data.batch_start // micro) * micro
   return config.replace(cfg, **{
-      "runtime.mesh.data": devices // part, "data.microbatch": held * shards,
-      "data.batch_start": start})
+      "runtime.mesh.data": devices // part, "data.microbatch": micro,
+      "data.batch_start": start if start < data.batch_size else 0})
+
+
+def notes(before: Config, after: Config) -> list[str]:
+  """What `on` changed besides the number of devices, for people."""
+  found = []
+  held = [(c.data.microbatch or c.data.batch_size) // c.runtime.mesh.batch_shards
+          for c in (before, after)]
+  if held[0] != held[1]:
+    found.append(f"a device has {held[1]} sequences of a micro-batch, not {held[0]}: the batch of "
+                 f"{after.data.batch_size} does not divide otherwise")
+  old, new = before.data.batch_start, after.data.batch_start
+  if old != new:
+    found.append(f"batches begin at {new or after.data.batch_size} sequences, not at {old}: a "
+                 f"micro-batch has {after.data.microbatch}")
+  return found
 
 
 def reported() -> Config:

@@ -1,9 +1,10 @@
 """The least memory that a plan needs, whoever runs it: for `plan.py`, which compares plans.
 
 `memory.py` counts what this code's one program for all ranks holds. A plan needs less. Here a rank
-holds only what its own stages keep, masters and moments of theirs without ZeRO-1 too; weights in the form in which they multiply, and not collected
-masters besides; dispatched rows as many as the router sends in the mean, not as many as fixed
-buffers have room for. Residuals, remat and the schedule's micro-batches in flight are the same.
+holds only what its own stages keep, masters and moments of theirs without ZeRO-1 too; weights in
+the form in which they multiply, and not collected masters besides; dispatched rows as many as the
+router sends in the mean, not as many as fixed buffers have room for. Residuals, remat and the
+schedule's micro-batches in flight are the same.
 """
 
 import collections

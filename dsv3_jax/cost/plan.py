@@ -109,10 +109,12 @@ def held(cfg: config.Config) -> str:
   """What the search leaves as the config has it, and a step's time depends on."""
   r, o = cfg.runtime, cfg.optim
   sent = f"dispatch {r.dispatch.form}, {r.dispatch.transport}"
-  if r.dispatch.transport == "dense":
+  if not cfg.model.moe_layers + cfg.model.mtp_depth:
+    sent = "no experts"
+  elif r.dispatch.transport == "dense":
     sent += f" (whole buffers, factor {r.dispatch.factor or space.ROOM:g})"
-  return (f"recipe {r.recipe}, {r.compute_dtype}; {sent if cfg.model.moe_layers else 'no experts'}; "
-          f"vocabulary {'cut over node and gpu' if r.shard_vocab else 'whole'}; moments "
+  return (f"recipe {r.recipe}, {r.compute_dtype}; {sent}; vocabulary "
+          f"{'cut over node and gpu' if r.shard_vocab else 'whole'}; moments "
           f"{o.mu_dtype}, {o.nu_dtype}")
 
 
@@ -251,8 +253,9 @@ class Search:
     alike = winner.choice._replace(**{axis: value}) if axis in Choice._fields else None
     if alike not in self._bounds or self.memory(alike).total <= self.room:
       return ""
-    other = ", ".join(f"{name} {getattr(best.choice, name)}" for name in AXES
-                      if name != axis and getattr(best.choice, name) != getattr(winner.choice, name))
+    both = {name: (getattr(best.choice, name), getattr(winner.choice, name)) for name in AXES}
+    other = ", ".join(f"{name} {its}" for name, (its, first) in both.items()
+                      if name != axis and its != first)
     return f"the first would need {self.memory(alike).total / 1e9:.1f} GB; with {other}, "
 
   def run(self, count: int = 8) -> Found:

@@ -114,7 +114,8 @@ def test_what_if():
 @pytest.mark.parametrize("text,message", [
     ("slow", "write slow=FACTOR"), ("slow=0", "positive factor"), ("slow=x", "positive factor"),
     ("sms=-1", "number of processors"), ("sms=inf", "whole number"),
-    ("sms=0.5", "whole number"), ("slow=inf", "positive factor"), ("slow=1e300", "finite"), ("fused_casts", "did you mean fused_cast"),
+    ("sms=0.5", "whole number"), ("slow=inf", "positive factor"), ("slow=1e300", "finite"),
+    ("fused_casts", "did you mean fused_cast"),
     ("unified=2", "write unified"), ("magic", "choose from"), ("sms=132", "leaves none")])
 def test_bad_changes(text, message):
   """Oracle: what is said of each mistake."""

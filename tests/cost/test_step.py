@@ -218,6 +218,19 @@ def test_devices():
   assert cluster.on(cfg, 1024) == cfg
   tiny = experiment("tiny")
   assert cluster.on(tiny, 8).data.microbatch == 8 and cluster.on(tiny, 8).runtime.mesh.data == 8
+  assert not cluster.notes(cfg, more)
+  # 5 data-parallel parts: 320 sequences a micro-batch; the ramp begins with 10 of them, not 9.6.
+  odd = cluster.on(cfg, 5120)
+  assert (odd.data.microbatch, odd.data.batch_start) == (320, 3200)
+  assert "begin at 3200 sequences, not at 3072" in " ".join(cluster.notes(cfg, odd))
+  # A device keeps its 8 sequences, whatever the ramp; where the batch does not allow, the most.
+  wide = config.replace(cfg, **{"data.microbatch": 512})
+  assert cluster.on(wide, 5120).data == dataclasses.replace(
+      wide.data, microbatch=2560, batch_start=5120)
+  fewer = cluster.on(config.replace(cfg, **{"data.microbatch": 1024}), 2048)
+  assert fewer.data.microbatch == 15 * 128
+  assert "has 15 sequences of a micro-batch, not 16" in cluster.notes(
+      config.replace(cfg, **{"data.microbatch": 1024}), fewer)[0]
   for devices, message in ((1000, "no multiple of the 1024"), (0, "no multiple")):
     with pytest.raises(ConfigError, match=message):
       cluster.on(cfg, devices)
