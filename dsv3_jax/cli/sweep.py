@@ -22,7 +22,8 @@ DESCRIPTION = (
     "others. Ctrl-C (or SIGTERM) saves before leaving; the same command goes on. Several sweeps\n"
     "may share a WORKDIR, at once too: an arm that they have in common is trained once.\n\n"
     "Follow it elsewhere with `dsv3 watch WORKDIR`, compare the arms with `dsv3 report WORKDIR`.\n"
-    "Exit code 1: an arm failed; why stands at the end, and in the arm's output.log.")
+    "Exit code 1: an arm failed or could not be run; why stands at the end, and in the arm's\n"
+    "output.log.")
 EXAMPLES = (
     "  dsv3 sweep --config=experiments/ablate_mtp.py:cpu --workdir=runs/ablations --dry-run\n"
     "  dsv3 sweep --config=experiments/ablate_mtp.py:cpu --workdir=runs/ablations\n"
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
   print(table.render(table.arms([row.shown for row in outcome.rows])))
   print(table.counts([row.progress for row in outcome.rows]))
   for row in outcome.failed:
-    print(f"\n{row.arm.name}, seed {row.arm.seed}: {row.held or 'failed'}; "
+    print(f"\n{row.arm.name}, seed {row.arm.seed}: {row.held or row.progress.state}; "
           f"{row.folder / 'output.log'} ends with:", file=sys.stderr)
     for line in row.progress.arm.get("error", [])[-8:]:
       print(f"  {line}", file=sys.stderr)

@@ -94,7 +94,7 @@ class Job:
       pool.write_arm(self.folder, state="running", pid=os.getpid(), host=socket.gethostname(),
                      cores=list(self._cores) or None, started=pool.now(), ended=None,
                      exit_code=None, error=None, commit=host.commit(), code=host.code(),
-                     **self._notes)
+                     **{"launcher": None, "job": None} | self._notes)
       log = self.folder / pool.OUTPUT
       begin = log.stat().st_size if log.exists() else 0
       code = self.train(claimed)

@@ -12,7 +12,8 @@
 An arm is found by its id, whichever sweep made it, so that a baseline is trained once. arm.json
 holds state (waiting | running | done | failed), and where known exit_code, error (last lines), pid,
 host, cores, owner (the process that started it), launcher and job, started and ended (UTC), seconds
-(of all its starts), commit, and code (`host.code`).
+(of all its starts), commit, code (`host.code`), and again (since when --rerun has had it anew and
+no record of it was written).
 
 Who runs an arm holds a lock on its .claim, which its training process inherits: while either lives,
 no other sweep starts the arm, and when both are gone, however they went, the next one may.
@@ -35,6 +36,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.sweep.arm import Arm, Sweep
 
 ARM, ARM_CONFIG, OUTPUT = "arm.json", "arm-config.json", "output.log"
+AGAIN = "again"
 _CLAIM = ".claim"
 
 
@@ -147,22 +149,35 @@ class Pool:
       self._by_id[arm.id] = found[0] if found else self.folder / "arms" / name
     return self._by_id[arm.id]
 
+  def check(self, arm: Arm) -> None:
+    """Raises ConfigError where the arm's folder is there and holds another config."""
+    path = self.arm(arm) / ARM_CONFIG
+    try:
+      same = config_lib.from_json(path.read_text(encoding="utf-8")) == arm.config
+    except FileNotFoundError:
+      return
+    except ValueError:  # half a file, or a key that there is no more
+      same = False
+    if not same:
+      raise ConfigError(
+          f"{path.parent} holds another config under the same identity: a default in config.py "
+          "changed since; give another --workdir, or remove that folder")
+
   def add(self, arm: Arm) -> Path:
-    """Makes the arm's folder, with its config, if it is not there."""
+    """Makes the arm's folder, with its config and arm.json, where these are not there.
+
+    Raises:
+      ConfigError: it is there, with another config.
+    """
     folder = self.arm(arm)
     folder.mkdir(parents=True, exist_ok=True)
-    text = config_lib.to_json(arm.config) + "\n"
-    path = folder / ARM_CONFIG
-    if path.exists() and config_lib.from_json(path.read_text()) != arm.config:
-      raise ConfigError(
-          f"{folder} holds another config under the same identity: a default in config.py changed "
-          "since; give another --workdir, or remove that folder")
-    if not path.exists():
-      files.write_atomic(path, text)
-    if not (folder / ARM).exists():
+    self.check(arm)
+    if not (folder / ARM_CONFIG).exists():
+      files.write_atomic(folder / ARM_CONFIG, config_lib.to_json(arm.config) + "\n")
+    if not read_arm(folder):  # also one that was damaged
       held = claim(folder)
       if held is not None:
-        if not (folder / ARM).exists():
+        if not read_arm(folder):
           write_arm(folder, state="waiting", name=arm.name, seed=arm.seed, id=arm.id)
         os.close(held)
     return folder
@@ -191,14 +206,21 @@ class Pool:
     return files.write_atomic(path, json.dumps(plan, indent=1) + "\n")
 
   def replace(self, arm: Arm) -> None:
-    """Puts an arm's folder aside, without its checkpoints, so that it starts anew.
+    """Makes an arm's folder anew; an old one is put aside, without its checkpoints.
 
     Raises:
       SweepError: it is running.
     """
     folder = self.arm(arm)
-    if not folder.exists():
-      return
+    if folder.exists():
+      self._put_aside(folder)
+    self._by_id.pop(arm.id, None)
+    folder = self.add(arm)
+    if (held := claim(folder)) is not None:
+      write_arm(folder, **{AGAIN: now()})
+      os.close(held)
+
+  def _put_aside(self, folder: Path) -> None:
     held = claim(folder)
     if held is None:
       raise SweepError(f"{folder.name} is running and cannot be repeated; wait for it or stop it")
@@ -212,5 +234,3 @@ class Pool:
       os.rename(folder, aside / f"{folder.name}.{number}")
     finally:
       os.close(held)
-    with contextlib.suppress(KeyError):
-      del self._by_id[arm.id]

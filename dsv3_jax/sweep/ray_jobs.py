@@ -32,6 +32,7 @@ class Ray:
   """
 
   name = "ray"
+  jobs = 0  # at once: as many as the cluster has room for
 
   def __init__(self, address: str | None = None, *, gpus: float = 0, cpus: float = 1,
                command: Any = None, client: Any = None):

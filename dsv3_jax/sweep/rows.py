@@ -9,7 +9,7 @@ from typing import Any
 from dsv3_jax import config as config_lib
 from dsv3_jax import host
 from dsv3_jax.sweep.arm import Arm, Sweep
-from dsv3_jax.sweep.pool import Pool
+from dsv3_jax.sweep.pool import AGAIN, Pool
 from dsv3_jax.sweep.progress import RUNNING, Follower, Progress
 
 
@@ -19,7 +19,7 @@ class Row:
 
   Attributes:
     stale: it finished with other training code than today's.
-    recorded: its record is there.
+    recorded: its record is there, and not to be replaced.
     held: why it is not started again in this sweep, or "".
   """
 
@@ -40,7 +40,7 @@ class Row:
     if self.held:
       return self.held
     if p.state == "done":
-      parts = ["from its record"] if not p.arm.get("state") else []
+      parts = ["from its record"] if self.recorded and not p.arm.get("state") else []
       return ", ".join(parts + [f"stale: trained at {p.arm.get('commit') or 'another commit'}"]
                        * self.stale)
     return ""
@@ -59,14 +59,19 @@ def look(sweep: Sweep, pool: Pool, records: str | None = None, code: str | None 
     pool: its folder.
     records: folder of records (analysis.records): an arm whose record is there is done.
     code: of today's training (`host.code`), by which finished arms are stale or not.
+
+  Raises:
+    ConfigError: a folder holds another config than its arm's.
   """
   code = host.code() if code is None else code
   found = []
   for arm in sweep.arms:
     folder = pool.arm(arm)
+    pool.check(arm)
     follower = Follower(folder)
     row = Row(arm, folder, follower, follower.read())
-    known = _record(records, arm) if records else None
+    # The old record of an arm that --rerun starts anew is no result of it.
+    known = _record(records, arm) if records and not row.progress.arm.get(AGAIN) else None
     row.recorded = known is not None
     if known is not None and row.progress.state != "done":
       row.progress = _from_record(known, folder)

@@ -36,15 +36,19 @@ _LOW = 64 * 2**20  # bytes free below which a failed arm is put down to the disk
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a sweep ended: its rows, and the signal that ended it or None."""
+  """How a sweep ended: its rows, the signal that ended it or None, and whether arms that are not
+  done yet are jobs of a cluster."""
 
   rows: list[Row]
   received: int | None
+  submitted: bool = False
 
   @property
   def failed(self) -> list[Row]:
-    """Arms that failed, now or before, or ended without having finished."""
-    return [r for r in self.rows if r.progress.state == "failed" or r.held]
+    """Arms that failed, now or before, or that nobody will finish."""
+    goes_on = self.received or self.submitted
+    return [r for r in self.rows if r.progress.state == "failed" or r.held or
+            (r.progress.state != "done" and not goes_on)]
 
   @property
   def exit_code(self) -> int:
@@ -141,11 +145,11 @@ class _Run:
     for row in self.rows:
       if row.progress.state not in OVER:
         row.progress = row.follower.read()
-        if row.folder in own and row.progress.state in ("waiting", "interrupted"):
+        if row.folder in own and row.progress.state in ("waiting", "interrupted", "queued"):
           row.progress = dataclasses.replace(row.progress, state="starting")  # not yet claimed
         if row.progress.state == "done":
           self.estimator.learn(row.arm.config, row.progress)
-      if row.progress.state == "done" and row.progress.arm.get("state"):
+      if row.progress.state == "done" and (row.progress.arm.get("state") or not row.recorded):
         self.keep(row)
 
   def keep(self, row: Row) -> None:
@@ -158,6 +162,11 @@ class _Run:
         self.ui.note(f"{where}: record in {records.write(row.folder, self.records)}")
       except config_lib.ConfigError as error:  # files of its workdir are gone
         self.ui.note(f"{where}: no record: {error}")
+      else:
+        held = pool_lib.claim(row.folder) if row.progress.arm.get(pool_lib.AGAIN) else None
+        if held is not None:
+          pool_lib.write_arm(row.folder, **{pool_lib.AGAIN: None})
+          os.close(held)
     if self.drop:
       shutil.rmtree(row.folder / "checkpoints", ignore_errors=True)
 
@@ -174,7 +183,8 @@ class _Run:
                 else f"ended unexpectedly (exit code {code}): {' '.join(said)[:120]}")
 
   def startable(self, row: Row) -> bool:
-    return row.progress.state in ("waiting", "interrupted") and not row.held
+    # A queued one's job may be gone for long; if it is not, the arm's claim decides who trains.
+    return row.progress.state in ("waiting", "interrupted", "queued") and not row.held
 
   def start(self) -> None:
     """Starts arms while there is room: arms that an ended sweep left running take room too."""
@@ -281,7 +291,7 @@ def submit(sweep: Sweep, pool: Pool, launcher: Any, found: list[Row] | None = No
         os.close(held)
       row.progress = row.follower.read()
     going.ui.note(f"{len(chosen)} jobs submitted" if chosen else "nothing to submit")
-  return Outcome(found, None)
+  return Outcome(found, None, submitted=True)
 
 
 @contextlib.contextmanager

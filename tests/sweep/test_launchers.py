@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
+from dsv3_jax import cli
 from dsv3_jax.config import ConfigError
 from dsv3_jax.sweep import local, pool, ray_jobs, runner, slurm, table
 from tests.sweep import sweeping
@@ -168,6 +170,31 @@ def test_ray_runs_arms(tmp_path):
   again = _submit(tmp_path, launcher, its, rerun="failed")
   assert list(client.jobs)[2:] == [again.rows[1].progress.arm["job"]]
   launcher.alive(list(client.jobs)[2])
+
+
+def test_ray_as_it_is_typed(tmp_path, monkeypatch, capsys):
+  """Law: the command plans, submits, and leaves with 0; what is asked for reaches the cluster."""
+  made = []
+
+  class Client(_Client):
+    def __init__(self, address):
+      super().__init__()
+      made.append(self)
+
+    def submit_job(self, *, submission_id, **given):
+      self.jobs[submission_id] = given
+      return submission_id
+
+  monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+  monkeypatch.setitem(sys.modules, "ray.job_submission", types.SimpleNamespace(
+      JobSubmissionClient=Client))
+  path = tmp_path / "ablate_x.py"
+  path.write_text('"""x?"""\nfrom dsv3_jax.config import Config\n\nget_config = lambda: Config()\n'
+                  "def sweep():\n  yield {'optim.lr': 0.1}\n  yield {'optim.lr': 0.2}\n")
+  assert cli.run(["sweep", f"--config={path}", f"--workdir={tmp_path / 'pool'}", "--launcher=ray",
+                  "--gpus-per-node=2", "--address=http://x:1"]) == 0
+  assert [job["entrypoint_num_gpus"] for job in made[0].jobs.values()] == [2, 2]
+  assert "2 queued" in capsys.readouterr().out
 
 
 def test_ray_that_is_not_there(monkeypatch):

@@ -15,7 +15,7 @@ from dsv3_jax import host
 from dsv3_jax.analysis import records
 from dsv3_jax.cli import sweep as command
 from dsv3_jax.config import ConfigError
-from dsv3_jax.sweep import local, pool, progress, rows
+from dsv3_jax.sweep import local, pool, progress, rows, runner
 from tests.sweep import sweeping
 from tests.sweep.sweeping import arm, sweep
 
@@ -232,6 +232,57 @@ def test_records_count_as_finished(tmp_path, monkeypatch):
   assert _starts(tmp_path / "two") == {"b-s0": 1}
   assert [r.note for r in outcome.rows] == ["from its record", ""]
   assert outcome.rows[0].progress.loss == pytest.approx(0.1 + 5 / sweeping.STEPS, rel=1e-4)
+
+
+def test_interrupted_repeat_goes_on(tmp_path, monkeypatch):
+  """Law: the old record of an arm that is started anew is no result of it, until the new one takes
+  its place."""
+  kept, its = str(tmp_path / "records"), sweep(arm("a", optim_lr=0.1))
+  sweeping.run(tmp_path / "pool", its, records=kept)
+  path = tmp_path / "records" / f"{its.arms[0].id}.json"
+  path.write_text(path.read_text().replace('"final":', '"final": {"loss": 7}, "old":'))
+  monkeypatch.setattr(runner._Run, "start", lambda self: setattr(self, "full", "it stops here"))
+  with pytest.raises(pool.SweepError, match="it stops here"):
+    sweeping.run(tmp_path / "pool", its, records=kept, rerun="all")
+  monkeypatch.undo()
+  outcome = sweeping.run(tmp_path / "pool", its, records=kept)
+  assert outcome.rows[0].note == "" and _starts(tmp_path / "pool") == {"a-s0": 1}
+  assert json.loads(path.read_text())["final"]["loss"] < 7
+  assert pool.AGAIN not in pool.read_arm(outcome.rows[0].folder)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": "waiting", "job": "12"}'])
+def test_arms_that_nobody_would_start(tmp_path, damage):
+  """Law: an arm whose arm.json is damaged, or names a cluster's job that was cancelled, is run."""
+  its = sweep(arm("a", optim_lr=0.1))
+  folder = pool.Pool(tmp_path).add(its.arms[0])
+  (folder / pool.ARM).write_text(damage)
+  outcome = sweeping.run(tmp_path, its)
+  assert outcome.exit_code == 0 and outcome.rows[0].progress.state == "done"
+  assert "job" not in pool.read_arm(folder)
+  (folder / pool.ARM).write_text(damage)
+  outcome = sweeping.run(tmp_path, its, records=str(tmp_path / "records"))
+  assert outcome.exit_code == 0 and len(list(tmp_path.glob("records/*.json"))) == 1
+
+
+def test_exit_code_is_0_only_where_all_is_done(tmp_path):
+  """Oracle: by hand, over every state that an arm may be in."""
+  for state in ("done", "failed", "waiting", "queued", "stopped", "interrupted"):
+    row = rows.look(sweep(arm("a")), pool.Pool(tmp_path))[0]
+    row.progress = progress.Progress(tmp_path, state)
+    assert runner.Outcome([row], None).exit_code == (state != "done")
+    assert runner.Outcome([row], None, submitted=True).exit_code == (state == "failed")
+    assert runner.Outcome([row], signal.SIGINT).exit_code == 130
+
+
+def test_finished_arm_of_another_config_does_not_count(tmp_path):
+  """Law: where a default changed, an identity stands for another config, and that is said."""
+  its = sweep(arm("a", optim_lr=0.1))
+  folder = sweeping.run(tmp_path, its).rows[0].folder
+  path = folder / pool.ARM_CONFIG
+  path.write_text(path.read_text().replace('"weight_decay": 0.1', '"weight_decay": 0.2'))
+  with pytest.raises(ConfigError, match="another config under the same identity"):
+    sweeping.run(tmp_path, its)
 
 
 def test_full_disk(tmp_path, monkeypatch):
