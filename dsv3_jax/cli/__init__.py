@@ -23,6 +23,7 @@ from dsv3_jax.cli import (
     convert,
     cost,
     evaluate,
+    generate,
     numerics,
     plan,
     report,
@@ -39,7 +40,7 @@ __all__ = ["default_workdir", "load_config", "main", "parse_value", "run"]
 
 _COMMANDS = types.MappingProxyType({
     "train": train, "sweep": sweep, "watch": watch, "report": report, "eval": evaluate,
-    "cost": cost, "plan": plan, "numerics": numerics, "schedule": schedule,
+    "generate": generate, "cost": cost, "plan": plan, "numerics": numerics, "schedule": schedule,
     "simulate": simulate, "tokenize": tokenize, "convert": convert})
 
 

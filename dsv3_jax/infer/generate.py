@@ -81,7 +81,8 @@ class Generator:
   def __call__(self, prompts: Sequence[Sequence[int]], steps: int,
                sampling: Sampling | Sequence[Sampling] = sampler.GREEDY, stop: Sequence[int] = (),
                bias_V: np.ndarray | None = None,
-               on_tokens: Callable[[int, list[int]], None] | None = None) -> list[Completion]:
+               on_tokens: Callable[[int, list[int]], bool | None] | None = None
+               ) -> list[Completion]:
     """Continues each prompt by up to `steps` tokens.
 
     Args:
@@ -90,7 +91,7 @@ class Generator:
       sampling: of all rows or one each.
       stop: tokens that end a completion.
       bias_V: added to the logits, -inf forbids a token; None: nothing.
-      on_tokens: called with a row's number and its newest tokens, as they come.
+      on_tokens: called with a row's number and its newest tokens, as they come; True ends the row.
 
     Raises:
       ConfigError: no prompt, an empty one, a token outside the vocabulary, no step, or another
@@ -131,8 +132,8 @@ class Generator:
           fresh.append(token)
           found[b].append(token)
           logprobs[b].append(logprob)
-        if on_tokens is not None and fresh:
-          on_tokens(b, fresh)
+        if on_tokens is not None and fresh and on_tokens(b, fresh):
+          ended[b] = True
 
     take(np.asarray(token_B)[None], np.asarray(logprob_B)[None])
     done = 1

@@ -1,0 +1,161 @@
+"""`dsv3 generate`: what a model writes after a prompt."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax import config as config_lib
+from dsv3_jax.config import ConfigError
+
+SUMMARY = "text that a trained model writes after a prompt"
+DESCRIPTION = (
+    "Continues one prompt or several with a run's checkpoint or a model in a Hugging Face folder,\n"
+    "over the latent cache (report 2.1.1). A single completion is printed as it is written. With\n"
+    "--suffix the text between prompt and suffix is written (fill-in-the-middle). Without\n"
+    "--prompt the prompt is read from the standard input. The same seed gives the same text,\n"
+    "whatever else is asked for beside it.")
+EXAMPLES = (
+    "  dsv3 generate runs/tiny --prompt='def main(' --tokens=64\n"
+    "  dsv3 generate runs/tiny --prompt='import ' --temperature=0.8 --top-p=0.95 --n=3\n"
+    "  dsv3 generate runs/tiny --prompt='def add(a, b):\\n' --suffix='\\n  return c' --tokens=16\n"
+    "  dsv3 generate exported --prompt='class ' --stop='\\n\\n' --json < /dev/null")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The command's options."""
+  parser.add_argument("source", metavar="SOURCE", help="workdir of a run, or Hugging Face folder")
+  parser.add_argument("--prompt", action="append", metavar="TEXT",
+                      help="text to continue; \\n, \\t and \\\\ are understood (may be repeated)")
+  parser.add_argument("--suffix", metavar="TEXT", help="text after the gap that is to be filled")
+  parser.add_argument("--tokens", type=int, default=128, metavar="N",
+                      help="most new tokens of each completion (default: %(default)s)")
+  parser.add_argument("--n", type=int, default=1, metavar="N",
+                      help="completions of each prompt, with seeds from --seed on (default: 1)")
+  parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                      help="0 takes the most likely token (default: %(default)g)")
+  parser.add_argument("--top-k", type=int, default=0, metavar="K",
+                      help="only the K most likely tokens; 0: all")
+  parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                      help="only the most likely that together have probability P")
+  parser.add_argument("--min-p", type=float, default=0.0, metavar="P",
+                      help="only those with this share of the most likely one's probability")
+  parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X",
+                      help="makes tokens that were seen less likely; 1: off")
+  parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+  parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                      help="text that ends a completion (may be repeated)")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                      help="of weights and computation (default: %(default)s)")
+  parser.add_argument("--cache", choices=("float32", "bfloat16", "fp8"), default="",
+                      help="of the latent cache (default: --dtype)")
+  parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+  parser.add_argument("--ema", action="store_true", help="the averaged parameters")
+  parser.add_argument("--json", action="store_true",
+                      help="one JSON object a completion, with tokens and log-probabilities")
+
+
+def run(args: argparse.Namespace) -> int:
+  """Runs the command.
+
+  Raises:
+    ConfigError: no model or tokenizer in the folder, no prompt, a bad setting.
+  """
+  source = Path(args.source)
+  is_run = (source / "checkpoints").is_dir()
+  if not is_run and not (source / "config.json").is_file():
+    raise ConfigError(f"{source} holds neither checkpoints/ nor config.json; give the workdir of a "
+                      "run or a Hugging Face model folder")
+  if not is_run and (args.step is not None or args.ema):
+    raise ConfigError(f"--step and --ema choose a checkpoint; {source} is a model folder")
+  if not (source / "tokenizer.json").is_file():
+    raise ConfigError(f"{source} holds no tokenizer.json, without which there is no text")
+  if args.n < 1:
+    raise ConfigError(f"--n={args.n} must be at least 1")
+  prompts = [_unescaped(p) for p in args.prompt or [sys.stdin.read()]]
+  suffix = None if args.suffix is None else _unescaped(args.suffix)
+
+  from dsv3_jax.infer.sampler import Sampling  # jax starts here
+
+  first = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+                   args.seed)
+  settings = [dataclasses.replace(first, seed=args.seed + i) for i in range(args.n)]
+  generator, tokenizer = _load(source, is_run, args)
+  return _write(generator, tokenizer, prompts, suffix, settings, args)
+
+
+def _load(source: Path, is_run: bool, args: argparse.Namespace) -> tuple[Any, Any]:
+  """The generator and the tokenizer of a run or a model folder."""
+  from dsv3_jax.data.tokenizer import Tokenizer
+  from dsv3_jax.infer.generate import Generator
+  from dsv3_jax.train import checkpoint, loop, state
+
+  loop.use_compilation_cache()
+  if is_run:
+    params, buffers, meta = checkpoint.load_params(str(source), args.step, args.ema)
+    model = config_lib.from_dict(meta["config"]).model
+  else:
+    from dsv3_jax.interop import huggingface
+
+    loaded = huggingface.load(source, args.dtype)
+    model, (_, params, buffers) = loaded.cfg, state.split(loaded)
+  tokenizer = Tokenizer.load(str(source / "tokenizer.json"), model.vocab_size)
+  runtime = config_lib.Runtime(compute_dtype=args.dtype)
+  return Generator(model, params, buffers, runtime, args.cache), tokenizer
+
+
+def _write(generator: Any, tokenizer: Any, prompts: list[str], suffix: str | None,
+           settings: list[Any], args: argparse.Namespace) -> int:
+  """Generates and prints."""
+  import numpy as np
+
+  from dsv3_jax.data import fim
+  from dsv3_jax.infer.text import Stream
+
+  def ids(prompt: str) -> list[int]:
+    if suffix is None:
+      return [tokenizer.bos, *tokenizer.encode(prompt)]
+    return fim.prompt(tokenizer.encode(prompt), tokenizer.encode(suffix), tokenizer)
+
+  asked = [(prompt, setting) for prompt in prompts for setting in settings]
+  stop = [_unescaped(s) for s in args.stop]
+  streams = [Stream(tokenizer.decode_bytes, stop) for _ in asked]
+  live = len(asked) == 1 and not args.json
+  if live:
+    print(asked[0][0], end="", flush=True)
+
+  def on_tokens(row: int, tokens: list[int]) -> bool:
+    new = streams[row].push(tokens)
+    if live:
+      print(new, end="", flush=True)
+    return streams[row].ended
+
+  # Ids that pad the model's vocabulary stand for nothing.
+  V = generator.cfg.vocab_size
+  bias_V = (np.where(np.arange(V) < tokenizer.vocab_size, 0.0, -np.inf).astype(np.float32)
+            if tokenizer.vocab_size < V else None)
+  done = generator([ids(prompt) for prompt, _ in asked], args.tokens, [s for _, s in asked],
+                   stop=(tokenizer.eos,), bias_V=bias_V,
+                   on_tokens=on_tokens if live or stop else None)
+  for (prompt, setting), stream, completion in zip(asked, streams, done, strict=True):
+    if not (live or stop):
+      stream.push(completion.tokens)
+    rest = stream.close()
+    if live:
+      print(f"{rest}{suffix or ''}")
+    elif args.json:
+      print(json.dumps({"prompt": prompt, "text": stream.text, "finish": completion.finish,
+                        "seed": setting.seed, "tokens": completion.tokens,
+                        "logprobs": completion.logprobs}))
+    else:
+      print(f"--- seed {setting.seed}\n{prompt}{stream.text}{suffix or ''}")
+  return 0
+
+
+def _unescaped(text: str) -> str:
+  """With \\n, \\t and \\\\ as a shell's single quotes leave them."""
+  for written, meant in (("\\\\", "\0"), ("\\n", "\n"), ("\\t", "\t"), ("\0", "\\")):
+    text = text.replace(written, meant)
+  return text

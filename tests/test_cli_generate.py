@@ -1,0 +1,100 @@
+"""`dsv3 generate`, on a checkpoint of a small model."""
+
+import io
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import cli
+from dsv3_jax import config as config_lib
+from dsv3_jax.data import tokenizer as tokenizer_lib
+from dsv3_jax.infer import generate
+from dsv3_jax.train import checkpoint, optim, state
+from tests.quick import jit
+
+CONFIG = config_lib.replace(config_lib.Config(), **{
+    "model.vocab_size": 320, "model.dim": 16, "model.layers": 2, "model.dense_ffn_dim": 16,
+    "model.attention.heads": 2, "model.attention.q_rank": 8, "model.attention.kv_rank": 8,
+    "model.attention.nope_dim": 4, "model.attention.rope_dim": 4, "model.attention.v_dim": 4,
+    "model.moe.ffn_dim": 8, "model.mtp_depth": 0})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+  """The compiled functions, compiled without optimisation."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, static in (("_prefill", ("cfg", "runtime")), ("_decode", ("cfg", "runtime", "most"))):
+      made = jit(getattr(generate, name).__wrapped__, static_argnames=static)
+      patch.setattr(generate, name, made)
+    yield
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A run's folder with a checkpoint and a tokenizer."""
+  folder = tmp_path_factory.mktemp("run")
+  _, abstract, _ = state.initializer(lambda: state.build_model(CONFIG.model, seed=3),
+                                     optim.make_optimizer(CONFIG.optim))
+  rng = np.random.default_rng(0)
+  made = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
+  saver = checkpoint.Checkpoints(str(folder))
+  saver.save(made, {"step": 1, "tokens": 10, "val_loss": None,
+                    "config": config_lib.to_dict(CONFIG)})
+  saver.close()
+  text = "def main(argv):\n  print(argv)\n" * 40
+  made = tokenizer_lib.train([text], CONFIG.model.vocab_size)
+  (folder / "tokenizer.json").write_text(made.to_json())
+  return folder
+
+
+def objects(capsys, *words):
+  assert cli.run(["generate", *map(str, words), "--json"]) == 0
+  return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_text_is_that_of_the_tokens(workdir, capsys, monkeypatch):
+  """Law: JSON, streamed text and the standard input's prompt agree; seeds differ, repeat, and do
+  not depend on what else is asked for."""
+  tokenizer = tokenizer_lib.Tokenizer.load(str(workdir / "tokenizer.json"))
+  asked = [workdir, "--prompt=def ", "--tokens=9", "--temperature=1"]
+  first, second = objects(capsys, *asked, "--n=2")
+  assert first["text"] == tokenizer.decode(first["tokens"])
+  assert len(first["tokens"]) == len(first["logprobs"]) <= 9
+  assert first["seed"] == 0 and second["seed"] == 1 and first["tokens"] != second["tokens"]
+  assert objects(capsys, *asked, "--seed=1")[0]["tokens"] == second["tokens"]
+  monkeypatch.setattr("sys.stdin", io.StringIO("def "))
+  assert cli.run(["generate", str(workdir), "--tokens=9", "--temperature=1"]) == 0
+  assert capsys.readouterr().out == f"def {first['text']}\n"
+
+
+def test_stop_and_infill(workdir, capsys):
+  """Law: a stop string ends the text before itself; a suffix follows what fills the gap."""
+  whole = objects(capsys, workdir, "--prompt=def ", "--tokens=9")[0]["text"]
+  stop = whole[2:4]
+  assert objects(capsys, workdir, "--prompt=def ", "--tokens=9", f"--stop={stop}")[0]["text"] == (
+      whole[:whole.find(stop)])
+  assert cli.run(["generate", str(workdir), "--prompt=a", "--suffix=\\nend", "--tokens=4"]) == 0
+  out = capsys.readouterr().out
+  assert out.startswith("a") and out.endswith("\nend\n")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--n=0"], "--n=0"), (["--top-p=2"], "top_p=2.0"), (["--tokens=0"], "steps=0"),
+    (["--stop="], "stop string is empty"), (["--cache=fp8"], "512 \\+ 64")])
+def test_errors(workdir, capsys, words, message):
+  """Law: bad input is said in one line."""
+  assert cli.run(["generate", str(workdir), "--prompt=a", *words]) == 2
+  assert re.search(message, capsys.readouterr().err)
+
+
+def test_no_model(tmp_path, capsys):
+  """Law: a folder without a model, or without a tokenizer, is named."""
+  assert cli.run(["generate", str(tmp_path), "--prompt=a"]) == 2
+  assert "neither checkpoints/ nor config.json" in capsys.readouterr().err
+  (tmp_path / "checkpoints").mkdir()
+  assert cli.run(["generate", str(tmp_path), "--prompt=a"]) == 2
+  assert "no tokenizer.json" in capsys.readouterr().err
