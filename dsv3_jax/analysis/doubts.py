@@ -22,7 +22,7 @@ GOOD, NOTE, WARN = "good", "note", "warn"
 _TRAINING_TEXT = ("data.fim_rate", "data.split_rate", "data.sources", "data.weights",
                   "data.isolate", "data.sequence_length")
 _VALIDATION_TEXT = ("data.sources", "data.validation_fraction", "data.sequence_length",
-                    "data.isolate", "train.eval_batches")
+                    "data.isolate")
 _SIZES = (("parameters", "parameters"), ("activated_parameters", "activated parameters"),
           ("flops_per_token", "FLOPs a token"), ("tokens", "tokens"), ("steps", "steps"))
 _EQUAL = 0.01  # relative difference of sizes that counts as none
@@ -121,8 +121,13 @@ def _text(c: Comparison) -> Doubt | None:
                      f"{METRICS[c.metric].short} all the same."))
   keys = [k for k in _keys(c) if k in _VALIDATION_TEXT]
   texts = {f.record["corpus"].get("text") for _, f in _runs(c)}
-  if keys or len(texts) > 1:
-    why = f" ({', '.join(keys)} differ)" if keys else " (the tokenized texts have other hashes)"
+  amounts = {arm.name: _scored(arm.first["config"]) for arm in c.shown}
+  if keys or len(texts) > 1 or len(set(amounts.values())) > 1:
+    why = [f"{', '.join(keys)} differ{'s' * (len(keys) == 1)}"] if keys else []
+    if len(set(amounts.values())) > 1:
+      why.append("sequences scored at an evaluation, eval_batches times the microbatch: " +
+                 ", ".join(f"{name} {n or 'all'}" for name, n in amounts.items()))
+    why = f" ({'; '.join(why or ['the tokenized texts have other hashes'])})"
     return Doubt(WARN, "text", f"Arms were not evaluated on the same text in the same way{why}, so "
                  "validation losses are of different things.")
   if texts == {""}:
@@ -130,6 +135,13 @@ def _text(c: Comparison) -> Doubt | None:
                  "compared.")
   return Doubt(GOOD, "text", "All runs read the same tokenized text (hash "
                f"{texts.pop()}) and were evaluated on the same batches.")
+
+
+def _scored(config: dict[str, Any]) -> int:
+  """Sequences that an evaluation of a run scores, from the beginning of the held-out text; 0: all.
+  """
+  data, batches = config.get("data", {}), config.get("train", {}).get("eval_batches") or 0
+  return batches * (data.get("microbatch") or data.get("batch_size") or 0)
 
 
 def _training_text(c: Comparison) -> Doubt | None:

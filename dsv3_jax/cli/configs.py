@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,21 @@ def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
   base = _call(module, path, "get_config", arg)
   common = [(key, parse_value(key, text)) for key, text in overrides]
   arms: list[Arm] = []
-  for i, changes in enumerate(_call(module, path, "sweep", arg)):
+  yielded = _call(module, path, "sweep", arg)
+  if not isinstance(yielded, Iterable):
+    raise ConfigError(f"--config={path}: sweep returned {yielded!r}; it should yield a dictionary "
+                      "for each arm, or return a list of them")
+  for i, changes in enumerate(yielded):
     if not isinstance(changes, dict):
       raise ConfigError(f"--config={path}: sweep must yield dictionaries of config keys, not a "
                         f"{type(changes).__name__} (arm {i})")
+    for key in changes:
+      if not isinstance(key, str):
+        raise ConfigError(f"--config={path}: sweep yields the key {key!r} (arm {i}); dotted keys "
+                          'of the config are expected, such as "optim.lr"')
+    if not isinstance(changes.get("arm"), str | None):
+      raise ConfigError(f"--config={path}: an arm's name must be text; write \"arm\": "
+                        f'"{changes["arm"]}" (arm {i})')
     made = {key: value for key, value in changes.items() if key != "arm"}
     name = changes.get("arm") or sweep_arm.label(made)
     try:
@@ -206,11 +217,16 @@ def _call(module: types.ModuleType, path: Path, name: str, arg: str | None) -> A
   function = getattr(module, name, None)
   if not isinstance(function, types.FunctionType):
     raise ConfigError(f"--config={path}: the file defines no function {name}(arg=None)")
-  if arg is None:
-    return function()
-  if not inspect.signature(function).parameters:
-    raise ConfigError(f"--config={path}:{arg}: {name} of this file takes no argument")
-  return function(arg)
+  given = () if arg is None else (arg,)
+  try:
+    inspect.signature(function).bind(*given)
+  except TypeError as error:
+    if arg is None:
+      raise ConfigError(f"--config={path}: {name} of this file wants an argument; give "
+                        f"--config={path}:ARG, or write {name}(arg=None)") from error
+    raise ConfigError(f"--config={path}:{arg}: {name} of this file takes no argument; leave :{arg} "
+                      f"away, or write {name}(arg=None)") from error
+  return function(*given)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -74,12 +74,13 @@ def run(args: argparse.Namespace) -> int:
   from dsv3_jax.analysis import compare, compare_report
 
   made = []
-  for name, plan in _plans(args).items():
+  several = len(asked := _plans(args)) > 1
+  for name, plan in asked.items():
     found = compare.make(gather.collect(args.source, plan), args.baseline, args.metric)
     if args.json:
       made.append(compare.to_json(found))
     elif args.markdown:
-      made.append(compare_report.table(found))
+      made.append((f"## {name}\n\n" if several else "") + compare_report.table(found))
     else:
       formats = [f for f in args.format.split(",") if f]
       print(compare_report.write(found, _out(args, name), formats, args.command_line), flush=True)

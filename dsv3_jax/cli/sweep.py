@@ -221,14 +221,16 @@ def select(sweep: Sweep, seeds: str | None, only: str | None) -> Sweep:
 
 def _listed(only: str, names: Sequence[str]) -> list[str]:
   """Which names "a,b" lists; a name may itself hold commas."""
-  parts, wanted = [part.strip() for part in only.split(",")], []
+  split = lambda text: [part.strip() for part in text.split(",")]
+  known = {tuple(split(name)): name for name in names}
+  parts, wanted = split(only), []
   while parts:
-    fits = [n for n in range(len(parts), 0, -1) if ", ".join(parts[:n]) in names]
+    fits = [n for n in range(len(parts), 0, -1) if tuple(parts[:n]) in known]
     if not fits:
       near = difflib.get_close_matches(parts[0], names, n=1)
       raise ConfigError(f"--only={only}: no arm is called {parts[0]!r}; " +
                         (f"did you mean {near[0]!r}?" if near else f"arms: {'; '.join(names)}"))
-    wanted.append(", ".join(parts[:fits[0]]))
+    wanted.append(known[tuple(parts[:fits[0]])])
     del parts[:fits[0]]
   return wanted
 

@@ -175,9 +175,11 @@ class Follower:
   def _read_config(self) -> dict[str, Any]:
     for name in ("config.json", pool.ARM_CONFIG) if self._config is None else ():
       with contextlib.suppress(OSError, ValueError):
-        self._config = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        self._ramp = _ramp(self._config)
-        break
+        found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(
+            isinstance(found.get(part, {}), dict) for part in ("data", "train")):
+          self._config, self._ramp = found, _ramp(found)
+          break
     return self._config or {}
 
   def _checkpoint(self) -> int | None:

@@ -49,8 +49,8 @@ def arms(rows: Sequence[tuple[str, int, Progress, str]], title: str = "", captio
   from rich.table import Table
   from rich.text import Text
 
-  table = Table(title=title or None, caption=caption or None, title_justify="left",
-                caption_justify="left")
+  table = Table(title=Text(title) if title else None, caption=Text(caption) if caption else None,
+                title_justify="left", caption_justify="left")
   for name in ("arm", "seed", "state", "step", "loss", "validation", "tokens/s", "time", "ETA",
                "note"):
     table.add_column(name, justify="left" if name in ("arm", "state", "note") else "right",

@@ -53,7 +53,9 @@ def plans(folder: Path) -> list[dict[str, Any]]:
       plan = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
       continue
-    if isinstance(plan, dict) and isinstance(plan.get("arms"), list):
+    arms = plan.get("arms") if isinstance(plan, dict) else None
+    if isinstance(arms, list) and all(
+        isinstance(a, dict) and isinstance(a.get("folder"), str) for a in arms):
       found.append(plan)
   return found
 
@@ -143,7 +145,7 @@ def render(rows: Sequence[tuple[str, Progress]], caption: str = "", room: int = 
     if 1 + sum(3 + max(map(len, [k, *column])) for k, column in cells.items()) > width:
       del cells[name]
   caption = "; ".join(filter(None, [table.counts([p for _, p in rows]), caption]))
-  shown = Table(caption=caption, caption_justify="left")
+  shown = Table(caption=Text(caption), caption_justify="left")
   for name in cells:
     left = name in ("run", "state", "curve")
     shown.add_column(name, justify="left" if left else "right", overflow="fold",

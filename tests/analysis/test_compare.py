@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from dsv3_jax import config
 from dsv3_jax.analysis import arms as arms_lib
 from dsv3_jax.analysis import compare, compare_tables, doubts, gather, records, statistics
 from dsv3_jax.config import ConfigError
@@ -318,6 +319,18 @@ def test_text(copy, changes, level, metric):
   c = compare.make(gather.collect([pool], plan))
   assert (_found(c, "text").level, c.metric) == (level, metric)
   assert ("different tokenizers" in compare_tables.verdict(c)) == (metric != "loss")
+
+
+@pytest.mark.parametrize("changes, level", [
+    ({"data.microbatch": 4}, doubts.WARN), ({"train.eval_batches": 4}, doubts.WARN),
+    ({"data.microbatch": 4, "train.eval_batches": 16}, doubts.NOTE)])
+def test_amounts_of_validation_text(tmp_path, changes, level):
+  """Oracle: by hand: an evaluation scores eval_batches (8) times the microbatch (8) sequences."""
+  assert (config.Train().eval_batches, config.Data().microbatch or config.Data().batch_size) == (
+      8, 8)
+  pool = synthetic.sweep(tmp_path, {"base": ({}, 0.0), "x": (changes, 0.0)}, seeds=1, steps=4)
+  doubt = _found(compare.make(gather.collect([pool])), "text")
+  assert doubt.level == level and ("base 64, x 32" in doubt.text) == (level == doubts.WARN)
 
 
 def test_other_training_text(tmp_path):

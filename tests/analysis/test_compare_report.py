@@ -244,10 +244,16 @@ def test_command(pool, tmp_path, capsys, monkeypatch):
     assert (code, out) == (2, "") and said in error
 
 
-def test_printed(pool, made, capsys):
+def test_printed(pool, made, tmp_path, capsys):
   """Oracle: the library's table and numbers; nothing is written."""
   before = sorted(pool.rglob("*"))
   assert _run(capsys, pool, "--markdown") == (0, compare_report.table(made), "")
+  own = tmp_path / "own"
+  shutil.copytree(pool, own)
+  shutil.copy(own / "sweeps" / "ablate-cpu.json", own / "sweeps" / "other-cpu.json")
+  table = compare_report.table(made)
+  assert _run(capsys, own, "--markdown") == (
+      0, f"## ablate-cpu\n\n{table}\n## other-cpu\n\n{table}", "")
   code, out, _ = _run(capsys, pool, "--json")
   assert json.loads(out) == json.loads(json.dumps(compare.to_json(made)))
   assert sorted(pool.rglob("*")) == before

@@ -92,7 +92,12 @@ def test_mistakes(run, options, message):
 
 @pytest.mark.parametrize("text, message", [
     ("yield {'arm': 'a', 'optim.lr': 0.1, 'train.seed': 0}\n"
-     "  yield {'arm': 'a', 'optim.lr': 0.2, 'train.seed': 1}", "differ in more than their seeds")])
+     "  yield {'arm': 'a', 'optim.lr': 0.2, 'train.seed': 1}", "differ in more than their seeds"),
+    ("pass", "sweep returned None; it should yield a dictionary"),
+    ("yield {'arm': 0.1, 'optim.lr': 0.1}", 'write "arm": "0.1"'),
+    ("yield {3: 0.1}", 'such as "optim.lr"'), ("return [('optim.lr', 0.1)]", "not a tuple"),
+    ("yield {}\ndef sweep(arg):\n  yield {}", "ablate_x.py:ARG, or write sweep(arg=None)"),
+    ("return ()", "yields no arms")])
 def test_sweeps_that_cannot_be(run, tmp_path, text, message):
   """Law: exit code 2, and the message says what sweep() should yield."""
   path = tmp_path / "ablate_x.py"
@@ -109,6 +114,14 @@ def test_what_an_arm_runs(tmp_path, capsys):
   assert argv[1:3] == ["-m", "dsv3_jax.cli"] and f"--workdir={folder}" in argv
   assert cli.run([*argv[3:], "--print-config"]) == 0
   assert config.from_json(capsys.readouterr().out) == arm.config
+
+
+@pytest.mark.parametrize("only, expected", [
+    ("a,b", ["a,b"]), ("a, b,c", ["a,b", "c"]), ("c,x, twice", ["c", "x, twice"]),
+    ("x,twice,c", ["x, twice", "c"])])
+def test_names_with_commas(only, expected):
+  """Oracle: by hand: a name that holds commas is one name, with spaces or without."""
+  assert command._listed(only, ["c", "a,b", "x, twice"]) == expected
 
 
 def test_seeds_are_an_axis():

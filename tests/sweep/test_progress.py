@@ -153,6 +153,20 @@ def test_watch_finds_runs_and_pools(tmp_path, capsys):
   assert cli.run(["watch", str(tmp_path / "empty")]) == 2
 
 
+def test_watch_passes_damage_by(tmp_path):
+  """Law: plans and configs that are JSON, but not what they should be, cost no traceback; names
+  that look like markup are shown as they are written."""
+  made = pool.Pool(tmp_path / "[red]pool")
+  folder = made.add(sweeping.arm("a"))
+  (folder / "config.json").write_text("[]")
+  for i, text in enumerate(('{"arms": [{}]}', '{"arms": [3]}', "[]", '{"arms": 3}')):
+    (made.folder / "sweeps" / f"{i}.json").write_text(text)
+  found = watch.Watch([made.folder])
+  assert [p.state for _, p in found.read()] == ["waiting"]
+  assert "[red]pool" in table.render(watch.render(found.read(), found.tensorboard()))
+  assert "[red]" in table.render(table.arms([], caption="[red]"))
+
+
 def test_estimates(tmp_path):
   """Oracle: by hand: tokens over speed, and FLOPs for arms of another shape."""
   guess = estimate.Estimator(pool.Pool(tmp_path), model=lambda config: 7.0, where="a model")
