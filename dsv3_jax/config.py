@@ -479,13 +479,18 @@ class Data:
     _require(self.sequence_length >= 8,
              f"{s}.sequence_length={self.sequence_length} is too short; use at least 8")
     _share(s, self, "fim_rate", "split_rate", "validation_fraction", "batch_ramp_until")
-    micro = self.microbatch or self.batch_size
+    micro = self.micro_batch
     for name in ("batch_size", "batch_start"):
       value = getattr(self, name)
       _require(value % micro == 0, f"{s}.{name}={value} is not a multiple of "
                f"{s}.microbatch={micro}")
     _require(self.batch_start <= self.batch_size,
              f"{s}.batch_start={self.batch_start} exceeds {s}.batch_size={self.batch_size}")
+
+  @property
+  def micro_batch(self) -> int:
+    """Sequences of a micro-batch, all devices together: the whole batch without accumulation."""
+    return self.microbatch or self.batch_size
 
   def ramp(self, train_tokens: float) -> list[tuple[int, int]]:
     """(tokens from which it holds, sequences a step) of each stage of the batch ramp.
@@ -495,7 +500,7 @@ class Data:
     are whole, so the starts are rounded up and all that follows is exact.
     """
     start = self.batch_start or self.batch_size
-    micro = self.microbatch or self.batch_size
+    micro = self.micro_batch
     until = self.batch_ramp_until * train_tokens
     stages = [(0, start)]
     for i in range(1, self.batch_ramp_stages + 1):
@@ -544,7 +549,7 @@ class Config:
   train: Train = Train()
 
   def __post_init__(self):
-    micro, mesh = self.data.microbatch or self.data.batch_size, self.runtime.mesh
+    micro, mesh = self.data.micro_batch, self.runtime.mesh
     _require(micro % mesh.batch_shards == 0,
              f"{mesh.describe('data', 'node', 'gpu')} must divide the micro-batch of {micro} "
              "sequences (data.microbatch, or data.batch_size where that is 0)")

@@ -51,7 +51,7 @@ def pretraining(cfg: config.Config, hw: Hardware) -> Phase:
   """
   seconds_of, note = _line(cfg, hw)
   length, total = cfg.data.sequence_length, cfg.train.tokens
-  micro = cfg.data.microbatch or cfg.data.batch_size
+  micro = cfg.data.micro_batch
   stages = [s for s in cfg.data.ramp(total) if s[0] < total]
   seconds = steps = 0.0
   for (first, size), end in zip(stages, [s[0] for s in stages[1:]] + [total], strict=True):
@@ -64,7 +64,7 @@ def pretraining(cfg: config.Config, hw: Hardware) -> Phase:
 
 def _line(cfg: config.Config, hw: Hardware) -> tuple[Callable[[int], float], str]:
   """Seconds of a step by its micro-batches, and a note where that is extrapolated."""
-  micro = cfg.data.microbatch or cfg.data.batch_size
+  micro = cfg.data.micro_batch
   full = cfg.data.batch_size // micro
   start = (cfg.data.batch_start or cfg.data.batch_size) // micro
   whole = step.estimate(cfg, hw).step

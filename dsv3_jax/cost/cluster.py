@@ -22,7 +22,7 @@ def on(cfg: Config, devices: int) -> Config:
                       f"{mesh.describe('pipe', 'node', 'gpu')}; change those, or take "
                       f"{max(devices // part, 1) * part}")
   shards = devices // mesh.pipe
-  held = (data.microbatch or data.batch_size) // mesh.batch_shards
+  held = data.micro_batch // mesh.batch_shards
   held = next((h for h in range(held, 0, -1) if data.batch_size % (h * shards) == 0), 0)
   if not held:
     raise ConfigError(f"--gpus={devices}: {shards} devices share each of data.batch_size="
@@ -38,7 +38,7 @@ def on(cfg: Config, devices: int) -> Config:
 def notes(before: Config, after: Config) -> list[str]:
   """What `on` changed besides the number of devices, for people."""
   found = []
-  held = [(c.data.microbatch or c.data.batch_size) // c.runtime.mesh.batch_shards
+  held = [c.data.micro_batch // c.runtime.mesh.batch_shards
           for c in (before, after)]
   if held[0] != held[1]:
     found.append(f"a device has {held[1]} sequences of a micro-batch, not {held[0]}: the batch of "

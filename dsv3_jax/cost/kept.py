@@ -98,7 +98,7 @@ def block_rows(pairs: int, experts: int) -> int:
 def shape(cfg: config.Config, cpu: bool = True) -> Shape:
   """Sizes of a layer on one device. Without `cpu` FP8 kernels run, whose blocks have 128 rows."""
   mesh, m = cfg.runtime.mesh, cfg.model.moe
-  micro = cfg.data.microbatch or cfg.data.batch_size
+  micro = cfg.data.micro_batch
   B, T = micro // mesh.batch_shards, cfg.data.sequence_length
   pairs, devices = B * T * m.active, mesh.node * mesh.gpu
   local = m.experts // devices

@@ -104,7 +104,7 @@ def state_bytes(cfg: config.Config) -> dict[str, int]:
   found, masters, moments = arrays.parameters(cfg.model), *_homes(
       cfg.model, cfg.optim.mu_dtype, cfg.optim.nu_dtype, cfg.runtime.mesh, cfg.runtime.zero,
       cfg.runtime.shard_vocab)
-  micro = cfg.data.microbatch or cfg.data.batch_size
+  micro = cfg.data.micro_batch
   local = cfg.data.batch_size // micro * (micro // cfg.runtime.mesh.batch_shards)
   tokens = FP32 * local * (cfg.data.sequence_length + 1)
   history = 0
@@ -172,7 +172,7 @@ def alone(cfg: config.Config, cpu: bool, least: tuple[Shape, int] | None = None)
         zeros += work.starts(cfg, s) if stack in loops else depth * work.late_starts(cfg, s)
   weights = work.weights(cfg, depths, cpu)
   weights = min(weights, least[1]) if least else weights
-  micros = cfg.data.batch_size // (cfg.data.microbatch or cfg.data.batch_size)
+  micros = cfg.data.batch_size // cfg.data.micro_batch
   sums = sum(grads.values()) if micros > 1 else 0  # over micro-batches
   early = sum(n for a, n in grads.items() if a.name == "embedding_VD" or a.stack in loops
               or (cpu and a.experts))

@@ -47,7 +47,7 @@ def estimate(cfg: config.Config) -> memory.Memory:
     weights, _ = _weights(cfg, _layers(model, [Kind(model.dense_layers, model.moe_layers, True)],
                                        True))
     return memory.Memory((memory.alone(cfg, False, (s, weights)),), host, 1)
-  micros = cfg.data.batch_size // (cfg.data.microbatch or cfg.data.batch_size)
+  micros = cfg.data.batch_size // cfg.data.micro_batch
   schedule, peaks = pipe.plan(cfg.runtime.schedule, mesh.pipe, micros)
   kinds = cut(model, schedule.stages, cfg.runtime.pipeline.layers or None)
   own = [[stage for route in schedule.routes for stage, (r, _) in enumerate(route) if r == rank]

@@ -60,7 +60,7 @@ def ranks(cfg: config.Config, state: dict[str, int], cpu: bool
   Raises:
     ValueError: the schedule has no order for the ranks and micro-batches, or the layers do not fit.
   """
-  micros = cfg.data.batch_size // (cfg.data.microbatch or cfg.data.batch_size)
+  micros = cfg.data.batch_size // cfg.data.micro_batch
   mesh, s = cfg.runtime.mesh, kept.shape(cfg, cpu)
   schedule, peaks = plan(cfg.runtime.schedule, mesh.pipe, micros)
   room = slots(cfg.runtime.schedule, mesh.pipe, micros)

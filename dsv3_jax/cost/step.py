@@ -144,7 +144,7 @@ def estimate(cfg: config.Config, hw: Hardware, attended: int = 0) -> Estimate:
       fit the stages.
   """
   mesh, model = cfg.runtime.mesh, cfg.model
-  micro = cfg.data.microbatch or cfg.data.batch_size
+  micro = cfg.data.micro_batch
   plan = _plan(cfg.runtime.schedule, mesh.pipe, cfg.data.batch_size // micro)
   kinds = cut.cut(model, plan.stages, cfg.runtime.pipeline.layers or None)
   n = operations.numerics(cfg.runtime)
@@ -183,7 +183,7 @@ def stages(cfg: config.Config, kinds: tuple[cut.Kind, ...], hw: Hardware) -> tup
 
   They bound a step from below without a simulation: no rank is done before its own work is.
   """
-  micro, length = cfg.data.microbatch or cfg.data.batch_size, cfg.data.sequence_length
+  micro, length = cfg.data.micro_batch, cfg.data.sequence_length
   tokens = micro * length / cfg.runtime.mesh.batch_shards
   return _stages(cfg, kinds, tokens, length, operations.numerics(cfg.runtime), hw)[2]
 
