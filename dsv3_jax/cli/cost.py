@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.cli.configs import load_config
 from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.readable import duration, size
 
 if TYPE_CHECKING:
   from rich.console import Console
@@ -208,22 +209,6 @@ def _table(console: "Console", title: str, head: tuple[str, ...], rows: list[tup
   console.print(title, style="bold")
   console.print(table)
   console.print(f"{note}\n" if note else "")
-
-
-def size(value: float, unit: str = "B") -> str:
-  """A number of `unit` with the prefix that makes it readable, powers of 1000."""
-  for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
-    if value >= scale:
-      return f"{value / scale:.4g} {prefix}{unit}"
-  return f"{value:.4g} {unit}"
-
-
-def duration(value: float) -> str:
-  """Seconds in a readable unit."""
-  for unit, scale, least in (("days", 86400, 2), ("h", 3600, 2), ("s", 1.0, 1), ("ms", 1e-3, 1)):
-    if value >= least * scale:
-      return f"{value / scale:.4g} {unit}"
-  return f"{value / 1e-6:.3g} us"
 
 
 def _head(console: "Console", c: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dsv3_jax.cli.configs import load_config
 from dsv3_jax.config import ConfigError
+from dsv3_jax.readable import duration
 
 if TYPE_CHECKING:
   from dsv3_jax.cost import plan
@@ -108,7 +109,7 @@ def _print(cfg, args: argparse.Namespace, search: "plan.Search", found: "plan.Fo
   for i, (p, program) in enumerate(zip(found.best, programs, strict=True), 1):
     c = p.choice
     table.add_row(str(i), str(c.pipe), str(c.data), f"{c.node} x {c.gpu}", c.schedule,
-                  str(c.sequences), c.remat, str(c.zero), plan.seconds(p.step),
+                  str(c.sequences), c.remat, str(c.zero), duration(p.step),
                   f"{max(p.time.breakdown['bubble'], 0) / p.step:.0%}", f"{p.time.mfu():.1%}",
                   f"{p.memory.total / 1e9:.1f} GB", f"{program / 1e9:.1f} GB")
   console.print(table)

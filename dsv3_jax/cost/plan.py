@@ -20,6 +20,7 @@ from dsv3_jax import config
 from dsv3_jax.cost import memory, needed, space, step
 from dsv3_jax.cost.hardware import Hardware
 from dsv3_jax.cost.space import Choice, Illegal
+from dsv3_jax.readable import duration
 
 RESERVE = 0.05  # of a device's memory: the driver, the communication library, fragmentation
 AXES = types.MappingProxyType({  # of a choice: what it is called
@@ -306,9 +307,4 @@ def slower(plan: Plan, winner: Plan) -> str:
   if behind < 0.002 * winner.step:
     return "no slower to speak of"
   longer = sorted(((n, s) for n, s in parts.items() if s > 0.05 * behind), key=lambda p: -p[1])
-  return f"+{seconds(behind)}: " + ", ".join(f"{name} +{seconds(s)}" for name, s in longer[:3])
-
-
-def seconds(value: float) -> str:
-  """Readable: 19.82 s, 7.4 ms."""
-  return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+  return f"+{duration(behind)}: " + ", ".join(f"{name} +{duration(s)}" for name, s in longer[:3])

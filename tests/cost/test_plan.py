@@ -1,6 +1,7 @@
 """The search for plans: against all plans, against the report, and by what must be so."""
 
 import collections
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from dsv3_jax import cli, config
 from dsv3_jax.config import ConfigError
 from dsv3_jax.cost import cluster, hardware, needed, plan, space, step
 from dsv3_jax.parallel import schedules
+from dsv3_jax.readable import duration
 
 H800 = hardware.get("h800")
 V3 = "experiments/v3_671b.py"
@@ -170,6 +172,57 @@ def test_a_plan_can_be_run(on_2048):
       schedules.make(cfg.runtime.schedule, cfg.runtime.mesh.pipe, batch // cfg.data.microbatch)
 
 
+def test_a_dense_model_has_no_experts_to_cut():
+  """Law: node and gpu stay 1, unless the words are cut over them."""
+  cfg = config.replace(small(), **{"model.dense_layers": 8, "model.mtp_depth": 0})
+  assert {c.experts for c in space.choices(cfg, 16, H800)} == {1}
+  assert "no experts" in plan.held(cfg)
+  words = config.replace(cfg, **{"runtime.shard_vocab": True})
+  assert {c.experts for c in space.choices(words, 16, H800)} == {1, 2, 4, 8, 16}
+
+
+def test_why_nothing_is_found():
+  """Oracle: what is said: only ways that are not taken yet, and what kept other choices out."""
+  keep = lambda c: c.remat == "report" and c.sequences == 1 and c.schedule in ("none", "1f1b")
+  cfg = report_config()  # has a recipe, bfloat16 moments and cut words
+  with pytest.raises(ConfigError, match="nothing fits") as caught:
+    plan.Search(cfg, 64, H800, keep=keep).run()
+  assert "take more devices (--gpus)" in str(caught.value)
+  assert not any(way in str(caught.value) for way in ("recipe", "moments", "shard_vocab"))
+  plain = config.replace(cfg, **{"runtime.recipe": "none", "optim.mu_dtype": "float32"})
+  with pytest.raises(ConfigError, match=r"a recipe \(runtime.recipe\), or bfloat16 moments"):
+    plan.Search(plain, 64, H800, keep=keep).run()
+  # What would fit divides the batch by no means, and is named.
+  odd = config.replace(cfg, **{"data.batch_size": 15360 + 64, "data.batch_start": 0})
+  with pytest.raises(ConfigError, match="does not divide the batch"):
+    plan.Search(odd, 2048, H800, keep=lambda c: c.pipe < 8 and keep(c)).run()
+
+
+def test_what_step_refuses_is_not_legal(monkeypatch):
+  """Law: one plan whose step has no time does not end the search."""
+  cfg, real = small(), step.estimate
+  keep = lambda c: c.remat == "report" and c.sequences == 1 and c.zero == 1
+
+  def refuse(cfg, hw):
+    if cfg.runtime.schedule == "dualpipe":
+      raise ConfigError("no link")
+    return real(cfg, hw)
+
+  monkeypatch.setattr(step, "estimate", refuse)
+  found = plan.Search(cfg, 16, dataclasses.replace(H800, memory=1e13), keep=keep).run(3)
+  assert found.best and all(p.choice.schedule != "dualpipe" for p in found.best)
+  assert {x.reason for x in found.losers if x.value == "dualpipe"} == {"not possible: no link"}
+
+
+def test_notes():
+  """Oracle: what a plan changes besides the mesh is said: room in buffers, the words' cut."""
+  base = config.replace(small(), **{"runtime.shard_vocab": True, "model.vocab_size": 129_281})
+  keep = lambda c: c.remat == "report" and c.sequences == 1 and c.experts == 8
+  best = plan.Search(base, 16, H800, keep=keep).best(1)[0]
+  text = " ".join(best.notes(base))
+  assert "runtime.dispatch.factor=1.5" in text and "runtime.shard_vocab=false" in text
+
+
 def test_command(capsys):
   """Law: the table, the JSON and the errors of the command."""
   args = ["plan", f"--config={V3}", "--gpus=64", "--hardware=h800", "--best=2",
@@ -182,7 +235,7 @@ def test_command(capsys):
   assert cli.run(args) == 0
   out = capsys.readouterr().out
   assert "Why the others lose" in out and "dsv3 train --config=" in out
-  assert plan.seconds(content["best"][0]["step_s"]) in out
+  assert duration(content["best"][0]["step_s"]) in out
   assert cli.run(["plan", f"--config={V3}", "--gpus=0"]) == 2
   assert "--gpus=0 must be positive" in capsys.readouterr().err
   with pytest.raises(ConfigError, match="nothing fits: H800 has 76.0 GB"):
