@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from dsv3_jax import config
 from dsv3_jax.cost import arrays, communication
+from dsv3_jax.cost.operations import operand
 from dsv3_jax.fp8 import recipes
 from dsv3_jax.parallel.room import Room
 
 FP32 = 4
 UNROLL = 10  # of pallas_kernels/xla/attention.py: tiles up to which the loop is unrolled
-_BITS = {"e4m3": 8, "e5m2": 8, "e5m6": 12}
 
 
 class Shape(NamedTuple):
@@ -58,17 +58,6 @@ class Shape(NamedTuple):
 def itemsize(runtime: config.Runtime) -> int:
   """Bytes of a number in the compute dtype."""
   return 2 if runtime.compute_dtype == "bfloat16" else 4
-
-
-def operand(text: str, rows: int, columns: int, item: int) -> int:
-  """Bytes of an array [rows, columns] held as a recipe's text says; `item`: of "compute"."""
-  words = text.split()
-  if words[0] not in _BITS:
-    return rows * columns * {"compute": item, "bf16": 2, "fp32": 4}[words[0]]
-  codes = rows * columns if words[0] != "e5m6" else rows * 3 * -(-columns // 2)
-  tile = (rows, columns) if words[1] == "tensor" else tuple(map(int, words[1].split("x")))
-  scales = math.prod(-(-n // t) for n, t in zip((rows, columns), tile, strict=True))
-  return codes + scales * (1 if words[2] == "pow2" else 4)
 
 
 def operands(runtime: config.Runtime) -> config.FP8:

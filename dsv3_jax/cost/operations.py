@@ -15,12 +15,14 @@ FLOPs are two a multiply-add. Those of phases F, I and W together are
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from dsv3_jax import config
 from dsv3_jax.fp8 import recipes
 
 SIZES = {"float32": 4, "bfloat16": 2}
+FORMATS = ("e4m3", "e5m2", "e5m6")
 TILE = 128  # values of K between promotions
 
 
@@ -87,16 +89,21 @@ def numerics(runtime: config.Runtime) -> Numerics:
       combine=SIZES[sent.combine] if sent.combine else size, remat=runtime.remat)
 
 
-def operand_bytes(text: str, compute: float) -> float:
-  """Bytes a value of an operand as configs write it; fp32 scales, or a byte for powers of two."""
-  if text in ("compute", "bf16", "fp32"):
-    return {"compute": compute, "bf16": 2.0, "fp32": 4.0}[text]
-  name, tile, scale, *_ = text.split()
-  value = 1.5 if name == "e5m6" else 1.0
-  if tile == "tensor":
-    return value
-  rows, columns = (int(side) for side in tile.split("x"))
-  return value + (4.0 if scale == "fp32" else 1.0) / (rows * columns)
+def operand(text: str, rows: int, columns: int, item: int) -> int:
+  """Bytes of an array [rows, columns] held as a recipe's text says; `item`: of "compute"."""
+  words = text.split()
+  if words[0] not in FORMATS:
+    return rows * columns * {"compute": item, "bf16": 2, "fp32": 4}[words[0]]
+  codes = rows * columns if words[0] != "e5m6" else rows * 3 * -(-columns // 2)
+  tile = (rows, columns) if words[1] == "tensor" else tuple(map(int, words[1].split("x")))
+  scales = math.prod(-(-n // t) for n, t in zip((rows, columns), tile, strict=True))
+  return codes + scales * (1 if words[2] == "pow2" else 4)
+
+
+def operand_bytes(text: str, compute: int) -> float:
+  """Bytes a value of a large operand, its scales included."""
+  side = 2**14
+  return operand(text, side, side, compute) / side**2
 
 
 @dataclasses.dataclass(frozen=True)

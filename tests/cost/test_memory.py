@@ -67,7 +67,7 @@ def by_xla(cfg):
     {}, {"runtime.compute_dtype": "bfloat16", "runtime.remat": "report", "data.microbatch": 4}],
     ids=["plain", "bf16, report, micro-batches"])
 def test_against_xla(changes):
-  """Oracle: XLA's buffer assignment. benchmarks/memory.py compiles 27 more, meshes among them."""
+  """Oracle: XLA's buffer assignment. benchmarks/memory.py compiles 25, meshes among them."""
   cfg = config.replace(SMALL, **changes)
   total, temporaries = by_xla(cfg)
   found = memory.estimate(cfg)

@@ -102,7 +102,7 @@ def test_operands_in_bytes():
   for text, size in (("compute", 2), ("fp32", 4), ("e4m3 1x128 pow2", 1 + 1 / 128),
                      ("e4m3 1x128 fp32", 1 + 4 / 128), ("e5m6 1x128 pow2", 1.5 + 1 / 128),
                      ("e4m3 128x128 fp32", 1 + 4 / 128**2), ("e4m3 tensor fp32 delayed", 1)):
-    assert operations.operand_bytes(text, 2) == size
+    assert operations.operand_bytes(text, 2) == pytest.approx(size, rel=1e-6)
 
 
 def test_unequal_stages():
