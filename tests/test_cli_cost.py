@@ -126,3 +126,14 @@ def test_no_rows_of_nothing(capsys):
   assert cli.run([*TINY, "--hardware=h100", "--config.model.mtp_depth=0"]) == 0
   out = capsys.readouterr().out
   assert "bubble" not in out and "mtp " not in out and "e-07" not in out
+
+
+def test_report_s_table_is_not_the_user_s(capsys):
+  """Law: overrides change nothing in it, whatever they would do to the report's mesh."""
+  tables = []
+  for options in ([], ["--config.runtime.zero=0", "--config.optim.mu_dtype=float8",
+                       "--config.train.tokens=1e9", "--config.runtime.dispatch.form=gather",
+                       "--config.optim.nu_dtype=float32"]):
+    assert cli.run([*V3, "--check", *options]) == 0
+    tables.append(capsys.readouterr().out)
+  assert tables[0] == tables[1] and "18.816" in tables[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from dsv3_jax import config
@@ -20,7 +21,7 @@ HELP = {
                     "every 128 values, so this gains accuracy, not time",
     "fused_cast": "FP8 casts on the way into the chip (TMA)",
     "transposed_reads": "matmuls read operands transposed: no casts along tokens for Wgrad",
-    "unified": "one domain of fast links for all devices",
+    "unified": "one domain of fast links for all devices, rows sent straight to them",
 }
 SUGGESTED = ("sms=0", "native_scales", "accumulation", "fused_cast", "transposed_reads", "unified")
 
@@ -75,16 +76,23 @@ def _count(text: str, value: str) -> int:
   return int(value)
 
 
+def _direct(cfg: config.Config, texts: Iterable[str]) -> config.Config:
+  """With dispatch in one hop where the links are unified: two would then only be longer."""
+  if "unified" not in texts or cfg.runtime.dispatch.form != "two_hop":
+    return cfg
+  return config.replace(cfg, **{"runtime.dispatch.form": "flat"})
+
+
 def changes(cfg: config.Config, hw: Hardware, texts: tuple[str, ...]) -> list[Change]:
   """Each change alone, and all of them together where there are several."""
   before = step.estimate(cfg, hw).step
   meanings = {known.partition("=")[0]: meaning for known, meaning in HELP.items()}
   found, together = [], hw
   for text in texts:
-    after = step.estimate(cfg, apply(text, hw)).step
+    after = step.estimate(_direct(cfg, (text,)), apply(text, hw)).step
     together = apply(text, together)
     found.append(Change(text, meanings[text.partition("=")[0]], after, before - after))
   if len(texts) > 1:
-    after = step.estimate(cfg, together).step
+    after = step.estimate(_direct(cfg, texts), together).step
     found.append(Change("all of these", "", after, before - after))
   return found

@@ -103,6 +103,10 @@ def test_what_if():
   assert changes["accumulation"].gain == 0
   best = max(c.gain for n, c in changes.items() if n != "all of these")
   assert changes["all of these"].gain > best
+  # Straight to 64 devices over NVLink: 7.2 rows of a token and not 3.2 + 7.2 in two hops.
+  flat = config.replace(cfg, **{"runtime.dispatch.form": "flat"})
+  assert changes["unified"].step == estimate(flat, whatif.apply("unified", H800)).step
+  assert changes["unified"].step < estimate(cfg, whatif.apply("unified", H800)).step
   # 112 of 132 processors compute; no more than their return can be gained by that.
   assert changes["sms=0"].step > step * 112 / 132
   # InfiniBand is the narrower link, so NVLink gains next to nothing for all-to-alls.
