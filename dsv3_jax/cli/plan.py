@@ -55,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
   Raises:
     ConfigError: a config that cannot run, no such hardware, or nothing that is legal and fits.
   """
-  from pathlib import Path
-
   from dsv3_jax.cost import hardware, memory, plan
 
   for name, ok in (("gpus", args.gpus > 0), ("best", args.best > 0),
@@ -65,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
       raise ConfigError(f"--{name}={getattr(args, name)} must be "
                         + ("a share below 1" if name == "reserve" else "positive"))
   cfg = load_config(args.config, args.overrides)
-  given = args.hardware
-  hw = hardware.read(Path(given)) if given.endswith(".json") else (
-      hardware.measure_cpu() if given == "cpu" else hardware.get(given))
+  hw = hardware.get(args.hardware)
   search = plan.Search(cfg, args.gpus, hw, args.reserve, args.program)
   found = search.run(args.best)
   programs = [memory.estimate(p.config, "gpu").total for p in found.best]

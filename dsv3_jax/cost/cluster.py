@@ -41,7 +41,7 @@ def notes(before: Config, after: Config) -> list[str]:
   held = [c.data.micro_batch // c.runtime.mesh.batch_shards
           for c in (before, after)]
   if held[0] != held[1]:
-    found.append(f"a device has {held[1]} sequences of a micro-batch, not {held[0]}: the batch of "
+    found.append(f"{held[1]} sequence(s) of a micro-batch on a device, not {held[0]}: the batch of "
                  f"{after.data.batch_size} does not divide otherwise")
   old, new = before.data.batch_start, after.data.batch_start
   if old != new:

@@ -278,10 +278,11 @@ class Search:
     """Why there is no plan: too little memory, and what kept other choices out."""
     legal = [c for c in self._bounds if c not in self.illegal]
     reasons = collections.Counter(self.illegal.values()).most_common(1)
+    if not legal:
+      return (f"no plan is possible on {self.hw.name}; of {len(self.illegal)} choices most are not "
+              f"since: {reasons[0][0]}")
     rest = (f" ({len(self.illegal)} more choices are not possible, most of them since: "
             f"{reasons[0][0]})" if reasons else "")
-    if not legal:
-      return f"no plan is possible on {self.hw.name}{rest}"
     least = min((self.memory(c) for c in legal), key=lambda m: m.total)
     runtime, optim = self.cfg.runtime, self.cfg.optim
     ways = ["more devices (--gpus)"]

@@ -229,7 +229,7 @@ def test_devices():
       wide.data, microbatch=2560, batch_start=5120)
   fewer = cluster.on(config.replace(cfg, **{"data.microbatch": 1024}), 2048)
   assert fewer.data.microbatch == 15 * 128
-  assert "has 15 sequences of a micro-batch, not 16" in cluster.notes(
+  assert "15 sequence(s) of a micro-batch on a device, not 16" in cluster.notes(
       config.replace(cfg, **{"data.microbatch": 1024}), fewer)[0]
   for devices, message in ((1000, "no multiple of the 1024"), (0, "no multiple")):
     with pytest.raises(ConfigError, match=message):
