@@ -21,7 +21,8 @@ def draw(content: dict[str, Any]) -> Figure:
   panels = 3 if len(scaling) > 1 else 2
   figure = plots.new_figure(plots.WIDE * panels / 3, 4.2)
   axes = figure.subplots(1, panels)
-  parts = {name: value for name, value in content["breakdown_s"].items() if value > 0}
+  parts = {name: value for name, value in content["breakdown_s"].items()
+           if value > 1e-9 * content["step_s"]}
   alone = len(parts) and max(parts.values()) < 1
   _stack(axes[0], {k: v * (1e3 if alone else 1) for k, v in parts.items()},
          "ms" if alone else "s", f"a step of {content['tokens_per_step']:,} tokens")
