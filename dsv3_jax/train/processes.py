@@ -117,7 +117,7 @@ class Group(Alone):
     self.index, self.count, self.first = index, count, index == 0
     self._client = client
     self._prefix = f"dsv3/{run}/"
-    self._patience = patience
+    self._patience, self._coordinator = patience, coordinator
     self._tick = min(2.0, patience / 10)
     self._over = threading.Event()
     self._wake = threading.Event()  # the thread looks before its time
@@ -224,7 +224,8 @@ class Group(Alone):
             self._leave(reason)
       except jax.errors.JaxRuntimeError as e:
         if not self._over.is_set():
-          self._leave(f"lost process 0, which coordinates ({str(e).splitlines()[0]})")
+          self._leave(f"lost process 0, which coordinates at {self._coordinator} "
+                      f"({str(e).splitlines()[0]})")
         return
       for name, value in news.items():
         if name == "lost":
