@@ -14,7 +14,8 @@ class Stream:
 
   Args:
     decode_bytes: tokens to the bytes that they stand for.
-    stop: strings that end the text, which ends before the first of them.
+    stop: strings that end the text, which ends before the one that is whole first (the longer of
+      two that are whole at once), however the text was cut into tokens.
 
   Attributes:
     text: all that was settled so far.
@@ -44,9 +45,9 @@ class Stream:
     if self.ended:
       return ""
     whole = self._held + new
-    ends = [at for at in (whole.find(s) for s in self._stop) if at >= 0]
-    if ends:
-      whole, self._held, self.ended = whole[:min(ends)], "", True
+    found = [(at + len(s), at) for s in self._stop if (at := whole.find(s)) >= 0]
+    if found:
+      whole, self._held, self.ended = whole[:min(found)[1]], "", True
     else:
       keep = 0 if final else max((_overlap(whole, s) for s in self._stop), default=0)
       whole, self._held = whole[:len(whole) - keep], whole[len(whole) - keep:]

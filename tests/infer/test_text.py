@@ -22,9 +22,10 @@ def test_pieces_make_the_whole(text, sizes, stop):
     pieces.append(stream.push(data[:size]))
     data = data[size:]
   pieces.append(stream.close())
-  ends = [text.find(s) for s in stop if s in text]
-  assert "".join(pieces) == stream.text == text[:min(ends, default=len(text))]
-  assert stream.ended == bool(ends)
+  found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+  end = min(found, default=(0, len(text)))[1]  # where the stop that is whole first begins
+  assert "".join(pieces) == stream.text == text[:end]
+  assert stream.ended == bool(found)
 
 
 def test_what_is_held_back():
