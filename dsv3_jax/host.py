@@ -1,12 +1,16 @@
-"""The host process: allocator settings that a CPU run depends on, and which code it runs."""
+"""The host process: its allocator on a CPU, signals that ask it to end, which code it runs."""
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import os
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +39,37 @@ def keep_memory() -> bool:
   done = all([mallopt(option, value) == 1 for option, value in settings])
   _log.debug("keep_memory: %s", "on" if done else "refused by the C library")
   return done
+
+
+class Signals(contextlib.AbstractContextManager):
+  """SIGINT and SIGTERM ask for an orderly end; a second one ends the process at once.
+
+  The handler may interrupt a write to the terminal, so it writes nothing itself. Outside of the
+  main thread signals are someone else's, and nothing is handled.
+
+  Attributes:
+    received: the signal's number, or None.
+  """
+
+  def __init__(self):
+    self.received: int | None = None
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> "Signals":
+    with contextlib.suppress(ValueError):  # not the main thread
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self.handle)
+    return self
+
+  def __exit__(self, *unused) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def handle(self, number: int, frame: types.FrameType | None) -> None:
+    """What a signal does."""
+    if self.received is not None:
+      os._exit(128 + number)
+    self.received = number
 
 
 def commit() -> str:

@@ -25,3 +25,11 @@ def options():
 
 def jit(f, **kwargs):
   return jax.jit(f, compiler_options=options(), **kwargs)
+
+
+def generation(patch):
+  """Lets `infer.generate` compile its functions like this, for a `pytest.MonkeyPatch`."""
+  from dsv3_jax.infer import generate
+
+  for name, static in (("_prefill", ("cfg", "runtime")), ("_decode", ("cfg", "runtime", "most"))):
+    patch.setattr(generate, name, jit(getattr(generate, name).__wrapped__, static_argnames=static))

@@ -12,9 +12,8 @@ import pytest
 from dsv3_jax import cli
 from dsv3_jax import config as config_lib
 from dsv3_jax.data import tokenizer as tokenizer_lib
-from dsv3_jax.infer import generate
 from dsv3_jax.train import checkpoint, optim, state
-from tests.quick import jit
+from tests import quick
 
 CONFIG = config_lib.replace(config_lib.Config(), **{
     "model.vocab_size": 320, "model.dim": 16, "model.layers": 2, "model.dense_ffn_dim": 16,
@@ -27,9 +26,7 @@ CONFIG = config_lib.replace(config_lib.Config(), **{
 def quickly():
   """The compiled functions, compiled without optimisation."""
   with pytest.MonkeyPatch.context() as patch:
-    for name, static in (("_prefill", ("cfg", "runtime")), ("_decode", ("cfg", "runtime", "most"))):
-      made = jit(getattr(generate, name).__wrapped__, static_argnames=static)
-      patch.setattr(generate, name, made)
+    quick.generation(patch)
     yield
 
 

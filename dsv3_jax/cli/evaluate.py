@@ -83,7 +83,7 @@ def _validation(args: argparse.Namespace) -> int:
   found = evaluate.find(args.workdir[0], args.step)
   data = found.config.data
   limit = found.config.train.eval_batches if args.batches is None else args.batches
-  batches = found.corpus.validation_batches(data.microbatch or data.batch_size, limit)
+  batches = found.corpus.validation_batches(data.micro_batch, limit)
   size = sum(evaluate.target_bytes(b, found.corpus.tokenizer.token_bytes_V) for b in batches)
   if not size:
     raise ConfigError(f"{found.workdir}: no text is held out (data.validation_fraction="

@@ -53,7 +53,7 @@ class Recipe:
   @property
   def rows(self) -> int:
     """J, sequences of a micro-batch over all processes."""
-    return self.data.microbatch or self.data.batch_size
+    return self.data.micro_batch
 
 
 class Documents:

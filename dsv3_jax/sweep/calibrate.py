@@ -61,6 +61,6 @@ def measure(config: Config, folder: Path, corpus_folder: Path, cores: Sequence[i
   rate = progress.tokens_per_s
   evaluations = (config.train.tokens / batch / config.train.eval_every
                  if config.train.eval_every else 1)
-  rows = config.data.microbatch or config.data.batch_size
+  rows = config.data.micro_batch
   each = config.train.eval_batches * rows * config.data.sequence_length / (3 * rate)  # no backward
   return rate, max(seconds - STEPS * batch / rate, 0.0) + max(evaluations - 1, 0) * each

@@ -55,26 +55,15 @@ class Outcome:
     return 128 + self.received if self.received else 1 if self.failed else 0
 
 
-class _Signals(contextlib.AbstractContextManager):
-  """SIGINT and SIGTERM: raised as KeyboardInterrupt, and passed on to the arms once some may run.
-  """
+class _Signals(host.Signals):
+  """Signals are raised as KeyboardInterrupt, and passed on to the arms once some may run."""
 
   def __init__(self, launcher: Any):
-    self.received: int | None = None
+    super().__init__()
     self.running = False
-    self._launcher, self._before = launcher, {}
+    self._launcher = launcher
 
-  def __enter__(self) -> "_Signals":
-    with contextlib.suppress(ValueError):  # not the main thread
-      for number in (signal.SIGINT, signal.SIGTERM):
-        self._before[number] = signal.signal(number, self._handle)
-    return self
-
-  def __exit__(self, *unused) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _handle(self, number: int, frame: types.FrameType | None) -> None:
+  def handle(self, number: int, frame: types.FrameType | None) -> None:
     self.received = number
     if not self.running:
       raise KeyboardInterrupt

@@ -77,7 +77,7 @@ def measure(run: Trained, domains: Sequence[Domain], tokens: int = TOKENS, ema: 
   """
   cfg, tokenizer = run.config, run.corpus.tokenizer
   model, length = cfg.model, cfg.data.sequence_length
-  rows = cfg.data.microbatch or cfg.data.batch_size
+  rows = cfg.data.micro_batch
   if tokens:
     rows = max(1, min(rows, tokens // (BATCHES * length)))
   batches = {}

@@ -25,7 +25,6 @@ import os
 import platform
 import signal
 import time
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -82,32 +81,6 @@ class RunResult:
   first: bool = True
 
 
-class _Signals(contextlib.AbstractContextManager):
-  """SIGINT and SIGTERM ask for an orderly end; a second one ends the process at once.
-
-  The handler may interrupt a write to the terminal, so it writes nothing itself: the loop does.
-  """
-
-  def __init__(self):
-    self.received: int | None = None
-    self._before: dict[int, Any] = {}
-
-  def __enter__(self) -> "_Signals":
-    with contextlib.suppress(ValueError):  # not the main thread: signals are someone else's
-      for number in (signal.SIGINT, signal.SIGTERM):
-        self._before[number] = signal.signal(number, self._handle)
-    return self
-
-  def __exit__(self, *unused) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _handle(self, number: int, frame: types.FrameType | None) -> None:
-    if self.received is not None:
-      os._exit(128 + number)
-    self.received = number
-
-
 def use_compilation_cache() -> None:
   """Keeps compiled programs between runs, unless jax was told where to keep them already."""
   if jax.config.jax_compilation_cache_dir is None:
@@ -134,7 +107,7 @@ class _Trainer:
     self.lr = schedules.learning_rate(cfg.optim, train.tokens)
     self.bias_speed = schedules.bias_speed(cfg.loss, train.tokens)
     self.mtp_weight = schedules.mtp_weight(cfg.loss, train.tokens)
-    self.rows = cfg.data.microbatch or cfg.data.batch_size
+    self.rows = cfg.data.micro_batch
     self.micros = max(self.schedule.sizes) // self.rows
 
     optimizer = optim.make_optimizer(cfg.optim)
@@ -330,7 +303,7 @@ class _Trainer:
 
   # --- the loop
 
-  def train(self, signals: _Signals) -> None:
+  def train(self, signals: host.Signals) -> None:
     """Steps until the run's tokens are seen or a signal came to any process; leaves a checkpoint
     either way."""
     train, total = self.cfg.train, self.schedule.total_steps
@@ -551,7 +524,7 @@ def _check_devices(config: config_lib.Config) -> None:
   runtime = config.runtime
   mesh_lib.make_mesh(runtime.mesh)
   if runtime.schedule != "none":  # every batch of a ramp
-    rows = config.data.microbatch or config.data.batch_size
+    rows = config.data.micro_batch
     sizes = schedules.batch_schedule(config.data, config.train.tokens).sizes
     for size in sorted(set(sizes)):
       pipelined.plan(config, size // rows)
@@ -578,7 +551,7 @@ def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus
               f"{config.data.sequence_length} tokens, {_device()}")
       if trainer.mesh is not None:
         ui.note(trainer.describe_mesh())
-      with _Signals() as signals:
+      with host.Signals() as signals:
         trainer.train(signals)
       finished = trainer.step >= trainer.schedule.total_steps
       tokens = trainer.schedule.tokens_before(trainer.step)

@@ -49,7 +49,7 @@ def plan(cfg: config.Config, microbatches: int) -> Plan:
         f"runtime.pipeline.schedule={name} on runtime.mesh.pipe={ranks}: {e}. A step has as many "
         f"micro-batches as data.batch_size={cfg.data.batch_size} (at first data.batch_start="
         f"{cfg.data.batch_start or cfg.data.batch_size}) has data.microbatch="
-        f"{cfg.data.microbatch or cfg.data.batch_size}") from e
+        f"{cfg.data.micro_batch}") from e
   try:
     kinds = cut_lib.cut(cfg.model, schedule.stages, cfg.runtime.pipeline.layers or None)
   except ValueError as e:

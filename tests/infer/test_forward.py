@@ -59,13 +59,14 @@ def test_chunks_equal_the_whole(q_rank, shared, chunks):
     assert cache.lengths_B.tolist() == [T, T]
 
 
-def test_ragged_rows_are_independent():
+@pytest.mark.parametrize("fresh", [True, False])
+def test_ragged_rows_are_independent(fresh):
   """Law: a row of a batch has its solo logits, whatever stands beside it or pads it."""
   model, w, cfg = weights()
   lengths, rng = [7, 1, 12, 0], np.random.default_rng(1)
   tokens = rng.integers(0, cfg.vocab_size, (4, T)).astype(np.int32)
   cache = cache_lib.make(cfg, 4, T + 1)
-  logits, counts_LE, cache = step(w, cache, tokens, np.array(lengths, np.int32), cfg, True)
+  logits, counts_LE, cache = step(w, cache, tokens, np.array(lengths, np.int32), cfg, fresh)
   whole = expected(model, tokens)
   for b, n in enumerate(lengths):
     assert_close(logits[b, :n], whole[b, :n], "float32")

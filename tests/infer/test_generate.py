@@ -6,10 +6,10 @@ from flax import nnx
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
-from dsv3_jax.infer import generate
 from dsv3_jax.infer.generate import Generator, rounded
 from dsv3_jax.infer.sampler import Sampling
 from dsv3_jax.interop import huggingface
+from tests import quick
 from tests.model import small
 from tests.quick import jit
 
@@ -28,9 +28,7 @@ def model():
 def quickly():
   """The compiled functions, compiled without optimisation."""
   with pytest.MonkeyPatch.context() as patch:
-    for name, static in (("_prefill", ("cfg", "runtime")), ("_decode", ("cfg", "runtime", "most"))):
-      made = jit(getattr(generate, name).__wrapped__, static_argnames=static)
-      patch.setattr(generate, name, made)
+    quick.generation(patch)
     yield
 
 
