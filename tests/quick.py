@@ -28,8 +28,9 @@ def jit(f, **kwargs):
 
 
 def generation(patch):
-  """Lets `infer.generate` compile its functions like this, for a `pytest.MonkeyPatch`."""
-  from dsv3_jax.infer import generate
+  """Lets `infer.decode` compile its functions like this, for a `pytest.MonkeyPatch`."""
+  from dsv3_jax.infer import decode
 
-  for name, static in (("_prefill", ("cfg", "runtime")), ("_decode", ("cfg", "runtime", "most"))):
-    patch.setattr(generate, name, jit(getattr(generate, name).__wrapped__, static_argnames=static))
+  for name, static in (("prefill", ()), ("run", ("most",))):
+    patch.setattr(decode, name, jit(getattr(decode, name).__wrapped__,
+                                    static_argnames=("drafts", "cfg", "runtime", *static)))

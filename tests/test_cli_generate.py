@@ -19,7 +19,7 @@ CONFIG = config_lib.replace(config_lib.Config(), **{
     "model.vocab_size": 320, "model.dim": 16, "model.layers": 2, "model.dense_ffn_dim": 16,
     "model.attention.heads": 2, "model.attention.q_rank": 8, "model.attention.kv_rank": 8,
     "model.attention.nope_dim": 4, "model.attention.rope_dim": 4, "model.attention.v_dim": 4,
-    "model.moe.ffn_dim": 8, "model.mtp_depth": 0})
+    "model.moe.ffn_dim": 8, "model.mtp_depth": 1})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,6 +77,18 @@ def test_stop_and_infill(workdir, capsys):
   assert cli.run(["generate", str(workdir), "--prompt=a", "--suffix=\\nend", "--tokens=4"]) == 0
   out = capsys.readouterr().out
   assert out.startswith("a") and out.endswith("\nend\n")
+
+
+def test_drafts(workdir, capsys):
+  """Law: speculation leaves the greedy text as it is and says how many drafts were kept."""
+  asked = ["generate", str(workdir), "--prompt=def ", "--tokens=9"]
+  assert cli.run(asked) == 0
+  plain = capsys.readouterr().out
+  assert cli.run([*asked, "--drafts=2"]) == 0
+  out, err = capsys.readouterr()
+  assert out == plain and re.search(r"kept, first to last: \d+%, \d+% of \d rounds; ", err)
+  drafted, = objects(capsys, *asked[1:], "--drafts=2")
+  assert len(drafted["tokens"]) <= 1 + drafted["rounds"] + sum(drafted["accepted"])
 
 
 @pytest.mark.parametrize("words, message", [

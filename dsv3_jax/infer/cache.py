@@ -100,13 +100,13 @@ def entries(c_BTC: jax.Array, k_rope_BTR: jax.Array, like: jax.Array) -> jax.Arr
 
 def write(layer: jax.Array, entries_BTZ: jax.Array, lengths_B: jax.Array, new_B: jax.Array,
           pages_BN: jax.Array | None) -> jax.Array:
-  """A layer with `new_B` entries of each sequence after its first `lengths_B`.
+  """A layer with `new_B` entries of each sequence from position `lengths_B` on.
 
-  Entries from `new_B` on are left out, and those that have no room.
+  Entries from `new_B` on are left out, those at negative positions, and those without room.
   """
   t = jnp.arange(entries_BTZ.shape[1], dtype=jnp.int32)
   position_BT = lengths_B[:, None] + t
-  valid_BT = t < new_B[:, None]
+  valid_BT = (t < new_B[:, None]) & (position_BT >= 0)
   size = layer.shape[1]
   if pages_BN is None:
     rows = jnp.arange(layer.shape[0])[:, None]

@@ -1,0 +1,190 @@
+"""Rounds of decoding, compiled: drafts if there are any, one pass of the main model, draws.
+
+A round takes each row's newest token, which is in no cache yet, and K drafts of what follows
+(`infer/draft.py`), runs the main model over these K + 1 tokens at once, and keeps of the drafts
+what stands (`infer/verify.py`): from 1 to K + 1 new tokens. Without drafts it is a plain decode
+step. What a rejected draft left in the cache lies beyond the row's length and is written over.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config
+from dsv3_jax.infer import draft as draft_lib
+from dsv3_jax.infer import forward as forward_lib
+from dsv3_jax.infer import sampler, verify
+from dsv3_jax.infer.cache import Cache
+from dsv3_jax.infer.draft import Tail
+from dsv3_jax.infer.parameters import Parameters
+from dsv3_jax.infer.sampler import Rows
+
+
+class State(NamedTuple):
+  """Between two calls.
+
+  Attributes:
+    cache: all but each row's newest token.
+    token_B: int32, the newest tokens.
+    left_B: int32, tokens that a row may still draw; none are drawn once a stop token was.
+    seen_BV: bool, for the repetition penalty, or None.
+    tail: for drafts, or None.
+  """
+
+  cache: Cache
+  token_B: jax.Array
+  left_B: jax.Array
+  seen_BV: jax.Array | None
+  tail: Tail | None
+
+
+class New(NamedTuple):
+  """What N rounds drew: of row b in round n the first count_NB[n, b] of T = K + 1."""
+
+  count_NB: jax.Array  # int32, 0 where a row was not alive
+  tokens_NBT: jax.Array  # int32
+  logprobs_NBT: jax.Array  # fp32, under what they were drawn from
+
+
+@functools.partial(jax.jit, static_argnames=("drafts", "cfg", "runtime"),
+                   donate_argnames=("cache",))
+def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.Array,
+            most: jax.Array, seen_BV: jax.Array | None, r: Rows, bias_V: jax.Array | None,
+            stop_S: jax.Array, *, drafts: int, cfg: config.Model, runtime: config.Runtime
+            ) -> tuple[State, New]:
+  """Prompts into an empty cache, and the first token of each.
+
+  Args:
+    weights: the model's.
+    cache: empty; donated.
+    tokens_BT, new_B: of row b the first new_B[b] tokens are its prompt.
+    most: tokens to draw, this one included.
+    seen_BV: bool, tokens of the prompts, or None without a repetition penalty.
+    r: the rows' settings.
+    bias_V: added to the logits, or None.
+    stop_S: tokens that end a row.
+    drafts: K, of each later round.
+    cfg, runtime: the model and implementations.
+  """
+  h_BTD, _, cache = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime, fresh=True)
+  logits_BV = forward_lib.readout(weights, forward_lib.last(h_BTD, new_B), cfg)
+  scores_BV = sampler.scores(logits_BV, r, seen_BV, _row(bias_V))
+  token_B = sampler.draw(scores_BV, r.seed_B, new_B)
+  tail = None
+  if drafts:
+    tail, cache = draft_lib.prefill(weights, cache, h_BTD, tokens_BT, token_B, drafts, cfg, runtime)
+  count_B = jnp.ones_like(new_B)
+  tokens_BT = token_B[:, None]
+  left_B = _left(most, count_B, tokens_BT, stop_S)
+  new = New(count_B[None], tokens_BT[None], _chosen(scores_BV[:, None], tokens_BT)[None])
+  return State(cache, token_B, left_B, _marked(seen_BV, tokens_BT, count_B), tail), new
+
+
+@functools.partial(jax.jit, static_argnames=("most", "drafts", "cfg", "runtime"),
+                   donate_argnames=("state",))
+def run(weights: Parameters, state: State, alive_B: jax.Array, r: Rows, bias_V: jax.Array | None,
+        stop_S: jax.Array, count: jax.Array, *, most: int, drafts: int, cfg: config.Model,
+        runtime: config.Runtime) -> tuple[State, New]:
+  """Up to `count` <= `most` rounds, fewer when no row has tokens left to draw.
+
+  Args:
+    weights: the model's.
+    state: donated.
+    alive_B: bool; other rows draw no more.
+    r, bias_V, stop_S, drafts, cfg, runtime: as for `prefill`.
+    count: rounds.
+    most: N, rounds that there is room for in the result.
+  """
+  B, T = state.token_B.shape[0], drafts + 1
+  state = state._replace(left_B=jnp.where(alive_B, state.left_B, 0))
+
+  def step(carry):
+    i, state, new = carry
+    state, one = _round(weights, state, r, bias_V, stop_S, drafts, cfg, runtime)
+    return i + 1, state, jax.tree.map(lambda all, x: all.at[i].set(x), new, one)
+
+  empty = New(jnp.zeros((most, B), jnp.int32), jnp.zeros((most, B, T), jnp.int32),
+              jnp.zeros((most, B, T)))
+  _, state, new = jax.lax.while_loop(lambda c: (c[0] < count) & (c[1].left_B > 0).any(), step,
+                                     (jnp.int32(0), state, empty))
+  return state, new
+
+
+def _round(weights, state: State, r: Rows, bias_V, stop_S, drafts: int, cfg, runtime
+           ) -> tuple[State, New]:
+  """One round; what it drew without the axis N."""
+  cache, alive_B, tail = state.cache, state.left_B > 0, None
+  tokens_BT, place_B = state.token_B[:, None], cache.lengths_B + 1  # of the first to be drawn
+  if drafts:
+    drafts_BK, kept, draft_scores_BKV, cache = _drafted(weights, state, alive_B, r, bias_V, drafts,
+                                                        cfg, runtime)
+    tokens_BT = jnp.concatenate([tokens_BT, drafts_BK], 1)
+  new_B = jnp.where(alive_B, drafts + 1, 0)
+  h_BTD, _, after = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime)
+  scores_BTV = _scores(forward_lib.readout(weights, h_BTD, cfg), r, state.seen_BV, bias_V,
+                       tokens_BT)
+  if drafts:
+    drawn_BT, count_B = verify.accept(drafts_BK, draft_scores_BKV, scores_BTV, r.seed_B, place_B)
+    tail = Tail(draft_lib.main_input(weights, h_BTD, cfg), drawn_BT, count_B, kept)
+  else:
+    drawn_BT = sampler.draw(scores_BTV[:, 0], r.seed_B, place_B)[:, None]
+    count_B = jnp.ones_like(new_B)
+  newest_B = jnp.take_along_axis(drawn_BT, count_B[:, None] - 1, axis=1)[:, 0]
+  count_B = jnp.where(alive_B, count_B, 0)
+  cache = Cache(after.layers, cache.lengths_B + count_B, cache.pages_BN)
+  state = State(cache, jnp.where(alive_B, newest_B, state.token_B),
+                _left(state.left_B, count_B, drawn_BT, stop_S),
+                _marked(state.seen_BV, drawn_BT, count_B), tail)
+  return state, New(count_B, drawn_BT, _chosen(scores_BTV, drawn_BT))
+
+
+def _drafted(weights, state: State, alive_B, r: Rows, bias_V, drafts: int, cfg, runtime) -> Any:
+  """Drafts [B, K], what the tail keeps, scores [B, K, V] that they were drawn from, the cache."""
+  seen_BV, scores = state.seen_BV, []
+
+  def draw(k: int, logits_BV: jax.Array) -> jax.Array:
+    nonlocal seen_BV
+    scores.append(sampler.scores(logits_BV, r, seen_BV, _row(bias_V)))
+    token_B = sampler.draw(scores[-1], r.seed_B, state.cache.lengths_B + 1 + k)
+    seen_BV = _marked(seen_BV, token_B[:, None], jnp.ones_like(token_B))
+    return token_B
+
+  drafts_BK, kept, cache = draft_lib.propose(weights, state.cache, state.tail, alive_B, drafts,
+                                             draw, cfg, runtime)
+  return drafts_BK, kept, jnp.stack(scores, 1), cache
+
+
+def _scores(logits_BTV, r: Rows, seen_BV, bias_V, tokens_BT) -> jax.Array:
+  """Scores [B, T, V]; at each place the tokens before it count as seen."""
+  B, T, V = logits_BTV.shape
+  seen = None
+  if seen_BV is not None:
+    at_BTV = jax.nn.one_hot(tokens_BT, V, dtype=jnp.int32)
+    seen = ((jnp.cumsum(at_BTV, 1) > 0) | seen_BV[:, None]).reshape(-1, V)
+  each = jax.tree.map(lambda x: jnp.repeat(x, T), r)
+  return sampler.scores(logits_BTV.reshape(-1, V), each, seen, _row(bias_V)).reshape(B, T, V)
+
+
+def _row(bias_V):
+  return None if bias_V is None else bias_V[None]
+
+
+def _chosen(scores_BTV, tokens_BT):
+  return jnp.take_along_axis(scores_BTV, tokens_BT[..., None], axis=2)[..., 0]
+
+
+def _left(left_B, count_B, tokens_BT, stop_S):
+  """Tokens left to draw after `count_B`, none after a stop token."""
+  counts_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
+  stops_B = ((tokens_BT[..., None] == stop_S).any(2) & counts_BT).any(1)
+  return jnp.where(stops_B, 0, jnp.maximum(left_B - count_B, 0))
+
+
+def _marked(seen_BV, tokens_BT, count_B):
+  if seen_BV is None:
+    return None
+  counts_BT = jnp.arange(tokens_BT.shape[1]) < count_B[:, None]
+  where_BT = jnp.where(counts_BT, tokens_BT, seen_BV.shape[1])
+  return seen_BV.at[jnp.arange(seen_BV.shape[0])[:, None], where_BT].set(True, mode="drop")
