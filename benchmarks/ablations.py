@@ -13,16 +13,8 @@ import re
 from pathlib import Path
 
 from dsv3_jax import files
-from dsv3_jax.analysis import (
-  compare,
-  compare_plots,
-  compare_report,
-  compare_tables,
-  doubts,
-  gather,
-  page,
-  plots,
-)
+from dsv3_jax.analysis import page, plots
+from dsv3_jax.analysis.comparison import compare, document, doubts, figures, gather, tables
 from dsv3_jax.cli import report
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -35,13 +27,13 @@ def block(name: str, scale: str = "cpu") -> tuple[str, str]:
   spec = f"experiments/{name}.py:{scale}"
   plan = report.planned(f"{FOLDER / name}.py:{scale}", name)
   c = compare.make(gather.collect([str(RECORDS)], plan))
-  figure = compare_plots.forest(c)
+  figure = figures.forest(c)
   head, rows = doubts.trace_table(c)
   keep = [i for i, title in enumerate(head) if title != "from"]
   trace = page.markdown_table(tuple(head[i] for i in keep),
                               [tuple(row[i] for i in keep) for row in rows])
   parts = [f"`dsv3 sweep --config={spec} --workdir=runs/ablations --records=experiments/results`",
-           compare_report.table(c).rstrip(), compare_tables.verdict(c)]
+           document.table(c).rstrip(), tables.verdict(c)]
   if figure is not None:
     parts.append(f"![differences to the baseline](figures/{name}.svg)")
   parts.append(f"<details><summary>{len(rows)} runs</summary>\n\n{trace}\n\n</details>")

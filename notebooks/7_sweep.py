@@ -34,7 +34,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
 
-from dsv3_jax.analysis import compare, compare_plots, compare_report, doubts, gather, statistics
+from dsv3_jax.analysis import statistics
+from dsv3_jax.analysis.comparison import compare, document, doubts, figures, gather
 from dsv3_jax.cli import configs
 
 # %matplotlib inline
@@ -99,10 +100,10 @@ question, _, text = sweep.text.partition("\n")
 plan = gather.Plan("ablate_balance", sweep.experiment, question, text.strip(), tuple(
     gather.Planned(arm.name, arm.seed, arm.id) for arm in sweep.arms))
 found = compare.make(gather.collect([root / "experiments/results"], plan))
-Markdown(compare_report.table(found))
+Markdown(document.table(found))
 
 # %%
-compare_plots.forest(found)
+figures.forest(found)
 
 # %% [markdown]
 # Does pairing matter? Below, by hand for each arm: the standard error of the difference of means if
@@ -130,10 +131,10 @@ table(*rows)
 # other are told apart by their difference to the baseline, seed by seed.
 
 # %%
-compare_plots.loss(found)
+figures.loss(found)
 
 # %%
-compare_plots.loss_difference(found)
+figures.loss_difference(found)
 
 # %% [markdown]
 # ## Balance
@@ -142,10 +143,10 @@ compare_plots.loss_difference(found)
 # that idle; on a cluster the busiest expert sets the pace. **MaxVio** is its load above the mean.
 
 # %%
-compare_plots.max_violation(found)
+figures.max_violation(found)
 
 # %%
-compare_plots.expert_load(found)
+figures.expert_load(found)
 
 # %% [markdown]
 # ## What to doubt
@@ -175,10 +176,10 @@ table(("", ""), *((name, value) for name, value in (
 # Another baseline, metric or figure:
 
 # %%
-FIGURES = {"differences": compare_plots.forest, "loss": compare_plots.loss,
-           "loss, less the baseline's": compare_plots.loss_difference,
-           "validation": compare_plots.validation, "loss over FLOPs": compare_plots.compute,
-           "MaxVio": compare_plots.max_violation}
+FIGURES = {"differences": figures.forest, "loss": figures.loss,
+           "loss, less the baseline's": figures.loss_difference,
+           "validation": figures.validation, "loss over FLOPs": figures.compute,
+           "MaxVio": figures.max_violation}
 
 
 def draw(figure="differences", baseline=found.baseline, metric="smoothed"):
@@ -193,4 +194,5 @@ play(draw, figure=list(FIGURES), baseline=[arm.name for arm in found.shown],
 # From the command line: `dsv3 report experiments/results --sweep=experiments/ablate_balance.py:cpu`
 # writes all of this as one page, and `dsv3 sweep --config=experiments/ablate_balance.py:cpu
 # --workdir=runs/ablations` runs it again. What the whole suite found, where it agrees with the
-# report and where it does not, is in experiments/RESULTS.md.
+# report and where it does not, is in
+# [experiments/RESULTS.md](https://github.com/dsv3-jax/dsv3-jax/blob/main/experiments/RESULTS.md).

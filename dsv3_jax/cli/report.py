@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     ConfigError: a source that holds nothing, no such sweep, arm, metric or format.
     OSError: the folder cannot be written to.
   """
-  from dsv3_jax.analysis import gather
+  from dsv3_jax.analysis.comparison import gather
 
   options = (args.sweep, args.baseline, args.metric, args.out, args.markdown, args.json,
              args.format != "svg")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
   if args.markdown and args.json:
     raise ConfigError("give --markdown or --json, not both")
 
-  from dsv3_jax.analysis import compare, compare_report
+  from dsv3_jax.analysis.comparison import compare, document
 
   made = []
   several = len(asked := _plans(args)) > 1
@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
       made.append(compare.to_json(found))
     elif args.markdown:
-      made.append((f"## {name}\n\n" if several else "") + compare_report.table(found))
+      made.append((f"## {name}\n\n" if several else "") + document.table(found))
     else:
       formats = [f for f in args.format.split(",") if f]
-      print(compare_report.write(found, _out(args, name), formats, args.command_line), flush=True)
+      print(document.write(found, _out(args, name), formats, args.command_line), flush=True)
   if args.json:
     print(json.dumps(made[0] if len(made) == 1 else made))
   elif made:
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plans(args: argparse.Namespace) -> dict[str, Any]:
   """Name -> plan, a report each. One without a plan is of all that the sources hold."""
-  from dsv3_jax.analysis import gather
+  from dsv3_jax.analysis.comparison import gather
 
   notes: list[str] = []
   known: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def _asked(spec: str, known: dict[str, Any]) -> tuple[str, Any]:
 
 def planned(spec: str, name: str) -> Any:
   """The `gather.Plan` of an experiment's sweep as its file makes it today."""
-  from dsv3_jax.analysis import gather
+  from dsv3_jax.analysis.comparison import gather
 
   sweep = configs.load_sweep(spec)
   question, _, text = sweep.text.partition("\n")
@@ -143,7 +143,7 @@ def _described(plan: Any) -> Any:
 
 
 def _out(args: argparse.Namespace, name: str) -> Path:
-  from dsv3_jax.analysis import gather
+  from dsv3_jax.analysis.comparison import gather
 
   if args.out:
     return Path(args.out)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dsv3_jax import config
-from dsv3_jax.analysis import arms as arms_lib
-from dsv3_jax.analysis import compare, compare_tables, doubts, gather, records, statistics
+from dsv3_jax.analysis import records, statistics
+from dsv3_jax.analysis.comparison import arms as arms_lib
+from dsv3_jax.analysis.comparison import compare, doubts, gather, tables
 from dsv3_jax.config import ConfigError
 from tests.analysis import synthetic
 
@@ -117,7 +118,7 @@ def test_records_and_workdirs_give_one_report(pool, tmp_path):
       for arm in json.loads(values)["arms"]]
   kept = compare.make(gather.collect([tmp_path / "kept"], plan))
   assert kept.notes == () and strip(bare(kept)) == strip(bare(whole))
-  assert compare_tables.compact(kept) == compare_tables.compact(whole)
+  assert tables.compact(kept) == tables.compact(whole)
   assert [dataclasses.replace(d) for d in doubts.find(kept)] == doubts.find(whole)
   alone = compare.make(gather.collect(sorted((pool / "arms").iterdir())))  # without a plan
   assert {a.name for a in alone.arms} == set(ARMS)
@@ -221,11 +222,11 @@ def test_runs_that_diverged(copy):
     _edit(arm("none", seed), "summary.json", final={"loss": 1.0 + 1e-3 * seed})
   c = compare.make(gather.collect([pool]))
   assert c.ranks == {"base": 1}
-  cells = {row[0]: row[1:5] for row in compare_tables.compact(c)[1]}
+  cells = {row[0]: row[1:5] for row in tables.compact(c)[1]}
   assert cells["none"][0] == "2 of 3" and cells["none"][1].startswith("1.0005")
   assert cells["deeper"] == ["0 of 3", "-", "no value", "no value"]
-  assert compare_tables.differences(c)[1][0][4] == "no value"
-  said = compare_tables.verdict(c)
+  assert tables.differences(c)[1][0][4] == "no value"
+  said = tables.verdict(c)
   assert "Lowest: base" in said and "Better" not in said
   assert "without a validation loss: deeper (seed 0, 1, 2); none (seed 2)" in said
   doubt = _found(c, "runs without a value")
@@ -299,7 +300,7 @@ def test_damage_is_said(copy):
   assert "2 devices" in _found(c, "machines").text and "2 versions" in _found(c, "machines").text
   assert any("half.json" in note for note in c.notes)
   assert any("config.json could not be read" in note for note in c.notes)
-  assert "(not finished)" in compare_tables.arms(c)[1][1][0]
+  assert "(not finished)" in tables.arms(c)[1][1][0]
 
 
 @pytest.mark.parametrize("changes, level, metric", [
@@ -318,7 +319,7 @@ def test_text(copy, changes, level, metric):
     shutil.rmtree(pool / name)
   c = compare.make(gather.collect([pool], plan))
   assert (_found(c, "text").level, c.metric) == (level, metric)
-  assert ("different tokenizers" in compare_tables.verdict(c)) == (metric != "loss")
+  assert ("different tokenizers" in tables.verdict(c)) == (metric != "loss")
 
 
 @pytest.mark.parametrize("changes, level", [
@@ -343,7 +344,7 @@ def test_other_training_text(tmp_path):
   assert _found(compare.make(gather.collect([pool]), metric="smoothed"),
                 "training loss").level == doubts.WARN
   assert "1 seed: no test" in _found(c, "tests").text
-  assert compare_tables.compact(c)[1][1][4] == "1 seed: no test"
+  assert tables.compact(c)[1][1][4] == "1 seed: no test"
   assert "There is one seed (0)" in _found(c, "seeds").text
 
 

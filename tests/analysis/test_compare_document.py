@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax import cli
-from dsv3_jax.analysis import (
-  compare,
-  compare_plots,
-  compare_report,
-  curves,
-  gather,
-  plots,
-  records,
-)
+from dsv3_jax.analysis import plots, records
+from dsv3_jax.analysis.comparison import compare, curves, document, figures, gather
 from dsv3_jax.config import ConfigError
 from tests.analysis import pages, synthetic
 
@@ -44,7 +37,7 @@ def made(pool):
 @pytest.fixture(scope="module")
 def report(made, tmp_path_factory):
   out = tmp_path_factory.mktemp("report")
-  return compare_report.write(made, out, ["pdf"], "dsv3 report 'x <y>'")
+  return document.write(made, out, ["pdf"], "dsv3 report 'x <y>'")
 
 
 def test_page(report):
@@ -76,20 +69,20 @@ def test_equal_files_give_equal_reports(made, report, tmp_path):
   """Law: writing elsewhere gives the same bytes; pictures that are not wanted any more go."""
   (tmp_path / "plots").mkdir()
   (tmp_path / "plots" / "loss.pdf").write_text("old")
-  compare_report.write(made, tmp_path, (), "dsv3 report 'x <y>'")
+  document.write(made, tmp_path, (), "dsv3 report 'x <y>'")
   files = lambda folder: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*")}
   before = files(report.parent)
   assert files(tmp_path) == {p: data for p, data in before.items() if p.suffix != ".pdf"}
-  figure = compare_plots.forest(made)
-  assert compare_report.render(figure, "pdf") == before[Path("plots/differences.pdf")]
-  assert compare_report.render(figure, "png").startswith(b"\x89PNG")
+  figure = figures.forest(made)
+  assert document.render(figure, "pdf") == before[Path("plots/differences.pdf")]
+  assert document.render(figure, "png").startswith(b"\x89PNG")
   with pytest.raises(ConfigError, match="svg, pdf, png"):
-    compare_report.write(made, tmp_path, ["gif"])
+    document.write(made, tmp_path, ["gif"])
 
 
 def test_numbers_in_the_table(made):
   """Oracle: the numbers formatted here."""
-  head, _, base, deeper, none = compare_report.table(made).splitlines()
+  head, _, base, deeper, none = document.table(made).splitlines()
   mean, deviation = (made.arm("none").spread("loss")[i] for i in (1, 2))
   d = made.differences["none"]
   assert head.startswith("| arm | seeds | validation loss | less base's | p, adjusted | bits per ")
@@ -115,11 +108,11 @@ def test_figures_of_few_and_many_arms(tmp_path, count):
           for i in range(count)}
   pool = synthetic.sweep(tmp_path, arms, seeds=2, steps=8)
   c = compare.make(gather.collect([pool]))
-  look = compare_plots.styles(c)
+  look = figures.styles(c)
   assert len(set(map(str, look.values()))) == count and look[c.baseline] == (plots.TEXT, "-")
   drawn = 0
   for name in ("forest", "loss", "loss_difference", "validation", "expert_load"):
-    figure = getattr(compare_plots, name)(c)
+    figure = getattr(figures, name)(c)
     if figure is None:
       continue
     drawn += 1
@@ -144,7 +137,7 @@ def test_curves(made):
   differences = of(arm, "loss") - of(base, "loss")
   np.testing.assert_allclose(mean, differences.mean(0), atol=1e-12)
   np.testing.assert_allclose(deviation, differences.std(0, ddof=1), atol=1e-12)
-  line = compare_plots.compute(made).axes[0].lines[2]
+  line = figures.compute(made).axes[0].lines[2]
   tokens = of(arm, "tokens")[0] * arm.first["flops_per_token"]
   assert line.get_xdata()[-1] == pytest.approx(tokens[-1] / 1e12)  # TFLOP
 
@@ -166,14 +159,14 @@ def test_curves_of_runs_that_end_early(made):
   assert np.isfinite(deviation[:20]).all() and np.isnan(deviation[20:]).all()
   x, mean, deviation = curves.curve(cut(made.arm("none"), (20, whole)), "loss")
   assert len(x) == whole and np.isfinite(mean).all() and np.isnan(deviation[20:]).all()
-  assert compare_plots.loss(dataclasses.replace(made, arms=(base, arm, made.arms[1])))
+  assert figures.loss(dataclasses.replace(made, arms=(base, arm, made.arms[1])))
 
 
 def test_dollars_in_names(tmp_path):
   """Law: a name between dollars, no formula, is drawn as it is written."""
   arms = {"$5_$ less": ({}, 0.0), r"$\foo$ 7": ({"loss.bias_speed": 0.01}, 0.1)}
   c = compare.make(gather.collect([synthetic.sweep(tmp_path, arms, seeds=2, steps=8)]))
-  for draw in (compare_plots.forest, compare_plots.loss, compare_plots.expert_load):
+  for draw in (figures.forest, figures.loss, figures.expert_load):
     svg = plots.to_svg(draw(c))
     assert all(name in svg for name in arms)
 
@@ -185,7 +178,7 @@ def test_expert_load(made):
   load_LE = 3 * np.array(run.record["load_LE"])[:2, ::-1]
   run = dataclasses.replace(run, record=run.record | {"load_LE": load_LE.tolist()})
   arm = dataclasses.replace(made.arms[2], runs={0: run})
-  figure = compare_plots.expert_load(dataclasses.replace(made, arms=(*made.arms[:2], arm)))
+  figure = figures.expert_load(dataclasses.replace(made, arms=(*made.arms[:2], arm)))
   for axes, expected in zip(figure.axes, (made.arms[0].first["load_LE"],
                                           made.arms[1].first["load_LE"], load_LE), strict=False):
     shown = np.array(axes.collections[0].get_array())
@@ -208,7 +201,7 @@ def test_runs_that_have_nothing_yet(tmp_path):
   (late / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   for sources in ([quiet, dead, nan, late], [dead], [nan]):
     c = compare.make(gather.collect(sources))
-    pages.read(compare_report.write(c, tmp_path / "out"))
+    pages.read(document.write(c, tmp_path / "out"))
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -222,7 +215,7 @@ def _run(capsys, *words):
 
 def test_command(pool, tmp_path, capsys, monkeypatch):
   """Oracle: which files are where, and what the library says."""
-  monkeypatch.setattr(compare_report, "write", lambda c, out, formats, command: (
+  monkeypatch.setattr(document, "write", lambda c, out, formats, command: (
       f"{out} {','.join(formats)} {c.baseline} {c.metric} {len(c.arms)} {command[:11]}"))
   own = tmp_path / "own"
   shutil.copytree(pool, own)
@@ -247,11 +240,11 @@ def test_command(pool, tmp_path, capsys, monkeypatch):
 def test_printed(pool, made, tmp_path, capsys):
   """Oracle: the library's table and numbers; nothing is written."""
   before = sorted(pool.rglob("*"))
-  assert _run(capsys, pool, "--markdown") == (0, compare_report.table(made), "")
+  assert _run(capsys, pool, "--markdown") == (0, document.table(made), "")
   own = tmp_path / "own"
   shutil.copytree(pool, own)
   shutil.copy(own / "sweeps" / "ablate-cpu.json", own / "sweeps" / "other-cpu.json")
-  table = compare_report.table(made)
+  table = document.table(made)
   assert _run(capsys, own, "--markdown") == (
       0, f"## ablate-cpu\n\n{table}\n## other-cpu\n\n{table}", "")
   code, out, _ = _run(capsys, pool, "--json")

@@ -5,10 +5,10 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from dsv3_jax.analysis import arms as arms_lib
 from dsv3_jax.analysis import statistics
-from dsv3_jax.analysis.arms import METRICS, RANKED, Arm
-from dsv3_jax.analysis.gather import Runs
+from dsv3_jax.analysis.comparison import arms as arms_lib
+from dsv3_jax.analysis.comparison.arms import METRICS, RANKED, Arm
+from dsv3_jax.analysis.comparison.gather import Runs
 from dsv3_jax.analysis.statistics import Difference
 from dsv3_jax.config import ConfigError
 

@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dsv3_jax.analysis import curves as curves_lib
 from dsv3_jax.analysis import plots
-from dsv3_jax.analysis.arms import METRICS
-from dsv3_jax.analysis.compare import Comparison
-from dsv3_jax.analysis.curves import Curve
+from dsv3_jax.analysis.comparison import curves as curves_lib
+from dsv3_jax.analysis.comparison.arms import METRICS
+from dsv3_jax.analysis.comparison.compare import Comparison
+from dsv3_jax.analysis.comparison.curves import Curve
 
 COLUMN, WIDE = 4.4, 8.8  # inches: of a figure beside another, and of one alone in its row
 _LABEL, _TICK = 8.5, 8  # points

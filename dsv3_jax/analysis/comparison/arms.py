@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsv3_jax.analysis import statistics
-from dsv3_jax.analysis.gather import Found, Planned, Runs
+from dsv3_jax.analysis.comparison.gather import Found, Planned, Runs
 
 SEED = "train.seed"
 _SEEDS = (SEED, "data.seed")  # of a sweep's arm, both may change from run to run

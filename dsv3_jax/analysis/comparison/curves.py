@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dsv3_jax.analysis.arms import Arm
+from dsv3_jax.analysis.comparison.arms import Arm
 
 # x, mean and deviation over seeds [N]; NaN where no run has a value, and where fewer than two have.
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray | None]

@@ -9,9 +9,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from dsv3_jax import files
-from dsv3_jax.analysis import compare_plots, compare_tables, doubts, page, plots
-from dsv3_jax.analysis.arms import METRICS
-from dsv3_jax.analysis.compare import Comparison
+from dsv3_jax.analysis import page, plots
+from dsv3_jax.analysis.comparison import doubts, figures, tables
+from dsv3_jax.analysis.comparison.arms import METRICS
+from dsv3_jax.analysis.comparison.compare import Comparison
 from dsv3_jax.analysis.page import escape
 from dsv3_jax.config import ConfigError
 
@@ -30,29 +31,29 @@ class _Plot:
 
 
 _DIFFERENCES = (
-    _Plot("differences", "At the end", compare_plots.forest,
+    _Plot("differences", "At the end", figures.forest,
           "Left is better. Diamond: mean over seeds. Bar: 95 % confidence interval (paired t "
           "test). Rings: single seeds."),
-    _Plot("loss_difference", "Over the run", compare_plots.loss_difference,
+    _Plot("loss_difference", "Over the run", figures.loss_difference,
           "Smoothed training loss less the baseline's of the same seed; mean over seeds and a band "
           "of one standard deviation. Below the line is better."))
 _CURVES = (
-    _Plot("loss", "Training loss", compare_plots.loss,
+    _Plot("loss", "Training loss", figures.loss,
           "Exponential moving average of coefficient 0.9 a step, as in the report's figures; mean "
           "over seeds and a band of one standard deviation. The first quarter of the run does not "
           "scale the axis."),
-    _Plot("validation", "Validation", compare_plots.validation,
+    _Plot("validation", "Validation", figures.validation,
           "At each evaluation, on held-out text; mean and one standard deviation over seeds."),
-    _Plot("compute", "Training loss against compute", compare_plots.compute,
+    _Plot("compute", "Training loss against compute", figures.compute,
           "FLOPs of the model's matmuls and causal attention, forward and backward, MTP "
           "included."),
-    _Plot("wall_time", "Training loss against wall time", compare_plots.wall_time,
+    _Plot("wall_time", "Training loss against wall time", figures.wall_time,
           "Compilation and evaluations included. Depends on the machine, and on what else ran on "
           "it."),
-    _Plot("max_vio", "Balance over time", compare_plots.max_violation,
+    _Plot("max_vio", "Balance over time", figures.max_violation,
           "How far the busiest expert of the worst layer is above its share, over a training "
           "batch; 0 is balanced. Smoothed like the loss."),
-    _Plot("expert_load", "Expert load", compare_plots.expert_load,
+    _Plot("expert_load", "Expert load", figures.expert_load,
           "Relative load of each routed expert over the validation batches at the end, of the "
           "lowest seed (experts of different seeds have nothing to do with each other); 1 is "
           "balanced. One scale for all.", wide=True))
@@ -107,7 +108,7 @@ def render(figure: Figure, suffix: str) -> bytes:
 
 def table(c: Comparison) -> str:
   """The compact Markdown table of arms."""
-  return _markdown_table(compare_tables.compact(c)) + "\n"
+  return _markdown_table(tables.compact(c)) + "\n"
 
 
 # --- Markdown -----------------------------------------------------------------------------------
@@ -118,13 +119,13 @@ def markdown(c: Comparison, pictures: dict[str, str], command: str = "") -> str:
   draw = lambda plot: ([f"## {plot.title}", f"![{plot.title}](plots/{plot.name}.svg)",
                         plot.caption] if plot.name in pictures else [])
   parts = [f"# {page.one_line(c.title)}", page.one_line(c.question),
-           page.fenced(c.text) if c.text else "", page.one_line(compare_tables.verdict(c)),
+           page.fenced(c.text) if c.text else "", page.one_line(tables.verdict(c)),
            "## Arms", "Mean ± standard deviation over seeds. Lower is better, except of tokens/s.",
-           _markdown_table(compare_tables.arms(c))]
+           _markdown_table(tables.arms(c))]
   if c.differences:
     parts += ["## Differences to the baseline",
               f"{METRICS[c.metric].wide} less that of {page.one_line(c.baseline)}.",
-              _markdown_table(compare_tables.differences(c))]
+              _markdown_table(tables.differences(c))]
   for plot in (*_DIFFERENCES, *_CURVES):
     parts += draw(plot)
   parts.append("## To believe or doubt")
@@ -137,15 +138,15 @@ def markdown(c: Comparison, pictures: dict[str, str], command: str = "") -> str:
   return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _below(c: Comparison) -> list[tuple[str, compare_tables.Table]]:
+def _below(c: Comparison) -> list[tuple[str, tables.Table]]:
   """(title, table) of what stands at the end."""
-  found = [("What each arm is", compare_tables.sizes(c)),
+  found = [("What each arm is", tables.sizes(c)),
            ("Where the configs differ", doubts.config_table(c)),
            ("Where each number is from", doubts.trace_table(c))]
   return [(title, made) for title, made in found if made[1]]
 
 
-def _markdown_table(made: compare_tables.Table) -> str:
+def _markdown_table(made: tables.Table) -> str:
   head, rows = made
   return page.markdown_table(tuple(head), [tuple(row) for row in rows])
 
@@ -164,16 +165,16 @@ def html(c: Comparison, pictures: dict[str, str], command: str = "") -> str:
   if c.text:
     body.append('<details class="card about"><summary>The experiment</summary>'
                 f"<pre>{escape(c.text)}</pre></details>")
-  said = compare_tables.verdict(c)
+  said = tables.verdict(c)
   body += [f'<p class="verdict">{escape(said)}</p>'] if said else []
   body.append('<section><h2>Arms</h2><p class="hint">Mean ± standard deviation over seeds. Lower '
-              f"is better, except of tokens/s.</p>{_table(c, compare_tables.arms(c))}</section>")
+              f"is better, except of tokens/s.</p>{_table(c, tables.arms(c))}</section>")
   if c.differences:
     body.append(
         '<section><h2>Differences to the baseline</h2><p class="hint">'
         f"{escape(METRICS[c.metric].wide)} less that of {escape(c.baseline)}.</p>"
         f'<div class="plots">{"".join(map(draw, _DIFFERENCES))}</div>'
-        f"{_table(c, compare_tables.differences(c))}</section>")
+        f"{_table(c, tables.differences(c))}</section>")
   drawn = "".join(map(draw, _CURVES))
   if drawn:
     body.append(f'<section><h2>Curves</h2><div class="plots">{drawn}</div></section>')
@@ -187,7 +188,7 @@ def html(c: Comparison, pictures: dict[str, str], command: str = "") -> str:
   return page.document(c.title, body, _CSS)
 
 
-def _table(c: Comparison, made: compare_tables.Table) -> str:
+def _table(c: Comparison, made: tables.Table) -> str:
   """Arms in the first column have their colour before them."""
   head, rows = made
   cells = "".join(f"<th>{_breakable(h)}</th>" for h in head)
@@ -201,7 +202,7 @@ def _table(c: Comparison, made: compare_tables.Table) -> str:
 
 def _swatch(c: Comparison, title: str) -> str:
   """A piece of the arm's line."""
-  for name, (colour, line) in compare_plots.styles(c).items():
+  for name, (colour, line) in figures.styles(c).items():
     if title == name or title.startswith(f"{name} ("):
       dashes = "" if line == "-" else f' stroke-dasharray="{" ".join(str(2 * n) for n in line[1])}"'
       colour = plots.PAGE_COLOURS.get(colour, colour)

@@ -1,8 +1,8 @@
 """Tables and sentences of a comparison, as plain text in cells."""
 
 from dsv3_jax.analysis import page
-from dsv3_jax.analysis.arms import METRICS, Arm
-from dsv3_jax.analysis.compare import Comparison
+from dsv3_jax.analysis.comparison.arms import METRICS, Arm
+from dsv3_jax.analysis.comparison.compare import Comparison
 
 Table = tuple[list[str], list[list[str]]]  # head, rows
 SIGNIFICANT = 0.05

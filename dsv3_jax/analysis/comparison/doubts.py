@@ -11,10 +11,10 @@ from typing import Any
 
 from scipy import special
 
-from dsv3_jax.analysis import arms as arms_lib
 from dsv3_jax.analysis import page
-from dsv3_jax.analysis.arms import METRICS, Arm
-from dsv3_jax.analysis.compare import Comparison
+from dsv3_jax.analysis.comparison import arms as arms_lib
+from dsv3_jax.analysis.comparison.arms import METRICS, Arm
+from dsv3_jax.analysis.comparison.compare import Comparison
 from dsv3_jax.analysis.statistics import LEVEL
 
 GOOD, NOTE, WARN = "good", "note", "warn"

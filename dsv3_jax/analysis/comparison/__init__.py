@@ -1,0 +1,1 @@
+"""Runs and records side by side: gathered, grouped into arms, tested, doubted, shown."""
