@@ -33,4 +33,4 @@ def generation(patch):
 
   for name, static in (("prefill", ()), ("run", ("most",))):
     patch.setattr(decode, name, jit(getattr(decode, name).__wrapped__,
-                                    static_argnames=("drafts", "cfg", "runtime", *static)))
+                                    static_argnames=("drafts", "cfg", "runtime", "tops", *static)))

@@ -41,19 +41,24 @@ class State(NamedTuple):
 
 
 class New(NamedTuple):
-  """What N rounds drew: of row b in round n the first count_NB[n, b] of T = K + 1."""
+  """What N rounds drew: of row b in round n the first count_NB[n, b] of T = K + 1.
+
+  Log-probabilities are the model's: of temperature 1, without penalties, bias or truncation.
+  """
 
   count_NB: jax.Array  # int32, 0 where a row was not alive
   tokens_NBT: jax.Array  # int32
-  logprobs_NBT: jax.Array  # fp32, under what they were drawn from
+  logprobs_NBT: jax.Array  # fp32
+  top_tokens_NBTX: jax.Array  # int32, the X most likely tokens at each place
+  top_logprobs_NBTX: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("drafts", "cfg", "runtime"),
+@functools.partial(jax.jit, static_argnames=("drafts", "cfg", "runtime", "tops"),
                    donate_argnames=("cache",))
 def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.Array,
-            most: jax.Array, seen_BV: jax.Array | None, r: Rows, bias_V: jax.Array | None,
-            stop_S: jax.Array, *, drafts: int, cfg: config.Model, runtime: config.Runtime
-            ) -> tuple[State, New]:
+            most: jax.Array, seen_BV: jax.Array | None, r: Rows, bias: jax.Array | None,
+            stop_S: jax.Array, *, drafts: int, cfg: config.Model, runtime: config.Runtime,
+            tops: int = 0) -> tuple[State, New]:
   """Prompts into an empty cache, and the first token of each.
 
   Args:
@@ -63,14 +68,15 @@ def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.
     most: tokens to draw, this one included.
     seen_BV: bool, tokens of the prompts, or None without a repetition penalty.
     r: the rows' settings.
-    bias_V: added to the logits, or None.
+    bias: [V] or [B, V], added to the logits, or None.
     stop_S: tokens that end a row.
     drafts: K, of each later round.
     cfg, runtime: the model and implementations.
+    tops: X, likeliest tokens to give with each one drawn.
   """
   h_BTD, _, cache = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime, fresh=True)
   logits_BV = forward_lib.readout(weights, forward_lib.last(h_BTD, new_B), cfg)
-  scores_BV = sampler.scores(logits_BV, r, seen_BV, _row(bias_V))
+  scores_BV = sampler.scores(logits_BV, r, seen_BV, _each(bias))
   token_B = sampler.draw(scores_BV, r.seed_B, new_B)
   tail = None
   if drafts:
@@ -78,22 +84,23 @@ def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.
   count_B = jnp.ones_like(new_B)
   tokens_BT = token_B[:, None]
   left_B = _left(most, count_B, tokens_BT, stop_S)
-  new = New(count_B[None], tokens_BT[None], _chosen(scores_BV[:, None], tokens_BT)[None])
-  return State(cache, token_B, left_B, _marked(seen_BV, tokens_BT, count_B), tail), new
+  new = New(count_B, tokens_BT, *_said(logits_BV[:, None], tokens_BT, tops))
+  return (State(cache, token_B, left_B, _marked(seen_BV, tokens_BT, count_B), tail),
+          jax.tree.map(lambda x: x[None], new))
 
 
-@functools.partial(jax.jit, static_argnames=("most", "drafts", "cfg", "runtime"),
+@functools.partial(jax.jit, static_argnames=("most", "drafts", "cfg", "runtime", "tops"),
                    donate_argnames=("state",))
-def run(weights: Parameters, state: State, alive_B: jax.Array, r: Rows, bias_V: jax.Array | None,
+def run(weights: Parameters, state: State, alive_B: jax.Array, r: Rows, bias: jax.Array | None,
         stop_S: jax.Array, count: jax.Array, *, most: int, drafts: int, cfg: config.Model,
-        runtime: config.Runtime) -> tuple[State, New]:
+        runtime: config.Runtime, tops: int = 0) -> tuple[State, New]:
   """Up to `count` <= `most` rounds, fewer when no row has tokens left to draw.
 
   Args:
     weights: the model's.
     state: donated.
     alive_B: bool; other rows draw no more.
-    r, bias_V, stop_S, drafts, cfg, runtime: as for `prefill`.
+    r, bias, stop_S, drafts, cfg, runtime, tops: as for `prefill`.
     count: rounds.
     most: N, rounds that there is room for in the result.
   """
@@ -102,29 +109,30 @@ def run(weights: Parameters, state: State, alive_B: jax.Array, r: Rows, bias_V: 
 
   def step(carry):
     i, state, new = carry
-    state, one = _round(weights, state, r, bias_V, stop_S, drafts, cfg, runtime)
+    state, one = _round(weights, state, r, bias, stop_S, drafts, cfg, runtime, tops)
     return i + 1, state, jax.tree.map(lambda all, x: all.at[i].set(x), new, one)
 
   empty = New(jnp.zeros((most, B), jnp.int32), jnp.zeros((most, B, T), jnp.int32),
-              jnp.zeros((most, B, T)))
+              jnp.zeros((most, B, T)), jnp.zeros((most, B, T, tops), jnp.int32),
+              jnp.zeros((most, B, T, tops)))
   _, state, new = jax.lax.while_loop(lambda c: (c[0] < count) & (c[1].left_B > 0).any(), step,
                                      (jnp.int32(0), state, empty))
   return state, new
 
 
-def _round(weights, state: State, r: Rows, bias_V, stop_S, drafts: int, cfg, runtime
+def _round(weights, state: State, r: Rows, bias, stop_S, drafts: int, cfg, runtime, tops: int
            ) -> tuple[State, New]:
   """One round; what it drew without the axis N."""
   cache, alive_B, tail = state.cache, state.left_B > 0, None
   tokens_BT, place_B = state.token_B[:, None], cache.lengths_B + 1  # of the first to be drawn
   if drafts:
-    drafts_BK, kept, draft_scores_BKV, cache = _drafted(weights, state, alive_B, r, bias_V, drafts,
+    drafts_BK, kept, draft_scores_BKV, cache = _drafted(weights, state, alive_B, r, bias, drafts,
                                                         cfg, runtime)
     tokens_BT = jnp.concatenate([tokens_BT, drafts_BK], 1)
   new_B = jnp.where(alive_B, drafts + 1, 0)
   h_BTD, _, after = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime)
-  scores_BTV = _scores(forward_lib.readout(weights, h_BTD, cfg), r, state.seen_BV, bias_V,
-                       tokens_BT)
+  logits_BTV = forward_lib.readout(weights, h_BTD, cfg)
+  scores_BTV = _scores(logits_BTV, r, state.seen_BV, bias, tokens_BT)
   if drafts:
     drawn_BT, count_B = verify.accept(drafts_BK, draft_scores_BKV, scores_BTV, r.seed_B, place_B)
     tail = Tail(draft_lib.main_input(weights, h_BTD, cfg), drawn_BT, count_B, kept)
@@ -137,16 +145,16 @@ def _round(weights, state: State, r: Rows, bias_V, stop_S, drafts: int, cfg, run
   state = State(cache, jnp.where(alive_B, newest_B, state.token_B),
                 _left(state.left_B, count_B, drawn_BT, stop_S),
                 _marked(state.seen_BV, drawn_BT, count_B), tail)
-  return state, New(count_B, drawn_BT, _chosen(scores_BTV, drawn_BT))
+  return state, New(count_B, drawn_BT, *_said(logits_BTV, drawn_BT, tops))
 
 
-def _drafted(weights, state: State, alive_B, r: Rows, bias_V, drafts: int, cfg, runtime) -> Any:
+def _drafted(weights, state: State, alive_B, r: Rows, bias, drafts: int, cfg, runtime) -> Any:
   """Drafts [B, K], what the tail keeps, scores [B, K, V] that they were drawn from, the cache."""
   seen_BV, scores = state.seen_BV, []
 
   def draw(k: int, logits_BV: jax.Array) -> jax.Array:
     nonlocal seen_BV
-    scores.append(sampler.scores(logits_BV, r, seen_BV, _row(bias_V)))
+    scores.append(sampler.scores(logits_BV, r, seen_BV, _each(bias)))
     token_B = sampler.draw(scores[-1], r.seed_B, state.cache.lengths_B + 1 + k)
     seen_BV = _marked(seen_BV, token_B[:, None], jnp.ones_like(token_B))
     return token_B
@@ -156,7 +164,7 @@ def _drafted(weights, state: State, alive_B, r: Rows, bias_V, drafts: int, cfg, 
   return drafts_BK, kept, jnp.stack(scores, 1), cache
 
 
-def _scores(logits_BTV, r: Rows, seen_BV, bias_V, tokens_BT) -> jax.Array:
+def _scores(logits_BTV, r: Rows, seen_BV, bias, tokens_BT) -> jax.Array:
   """Scores [B, T, V]; at each place the tokens before it count as seen."""
   B, T, V = logits_BTV.shape
   seen = None
@@ -164,15 +172,22 @@ def _scores(logits_BTV, r: Rows, seen_BV, bias_V, tokens_BT) -> jax.Array:
     at_BTV = jax.nn.one_hot(tokens_BT, V, dtype=jnp.int32)
     seen = ((jnp.cumsum(at_BTV, 1) > 0) | seen_BV[:, None]).reshape(-1, V)
   each = jax.tree.map(lambda x: jnp.repeat(x, T), r)
-  return sampler.scores(logits_BTV.reshape(-1, V), each, seen, _row(bias_V)).reshape(B, T, V)
+  return sampler.scores(logits_BTV.reshape(-1, V), each, seen, _each(bias, T)).reshape(B, T, V)
 
 
-def _row(bias_V):
-  return None if bias_V is None else bias_V[None]
+def _each(bias, T: int = 1):
+  """A bias as [B T, V] or [1, V]."""
+  if bias is None or bias.ndim == 1:
+    return bias if bias is None else bias[None]
+  return jnp.repeat(bias, T, axis=0)
 
 
-def _chosen(scores_BTV, tokens_BT):
-  return jnp.take_along_axis(scores_BTV, tokens_BT[..., None], axis=2)[..., 0]
+def _said(logits_BTV, tokens_BT, tops: int):
+  """Log-probabilities of tokens, and the likeliest tokens with theirs."""
+  own_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+  chosen_BT = jnp.take_along_axis(own_BTV, tokens_BT[..., None], axis=2)[..., 0]
+  top_BTX, token_BTX = jax.lax.top_k(own_BTV, tops)
+  return chosen_BT, token_BTX.astype(jnp.int32), top_BTX
 
 
 def _left(left_B, count_B, tokens_BT, stop_S):

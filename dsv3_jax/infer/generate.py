@@ -34,7 +34,8 @@ class Completion:
 
   Attributes:
     tokens: without the stop token.
-    logprobs: natural logarithm of each token's probability under what it was drawn from.
+    logprobs: natural logarithm of each token's probability under the model itself: temperature 1,
+      nothing added or cut off.
     finish: "stop" (a stop token was drawn, or `on_tokens` said so) or "length".
     rounds: passes of the main model that drew them, the prompt's not counted.
     accepted: in how many of these the first draft was kept, the second one too, ...
@@ -178,9 +179,9 @@ class _Row:
 
 def _take(rows: list[_Row], new: decode.New, on_tokens) -> None:
   """Gives each row what `decode` drew for it."""
-  count_NB, tokens_NBT, logprobs_NBT = (np.asarray(x) for x in new)
+  count_NB, tokens_NBT, logprobs_NBT = (np.asarray(x) for x in new[:3])
   for b, row in enumerate(rows):
-    fresh = []
+    fresh: list[int] = []
     for count, tokens_T, logprobs_T in zip(count_NB[:, b], tokens_NBT[:, b], logprobs_NBT[:, b],
                                            strict=True):
       if count and not (row.ended or row.full):

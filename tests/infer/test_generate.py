@@ -45,13 +45,14 @@ def test_greedy_equals_rollout(model, generator):
   found = generator(PROMPTS, STEPS)
   assert [f.finish for f in found] == ["length"] * 3
   for prompt, f in zip(PROMPTS, found):
-    tokens, padded = list(prompt), np.zeros((1, 24), np.int32)
+    tokens, logprobs, padded = list(prompt), [], np.zeros((1, 24), np.int32)
     for _ in range(STEPS):
       padded[0, :len(tokens)] = tokens  # what is right of a position cannot reach it
       logits_V = np.asarray(whole(padded).logits_BTV)[0, len(tokens) - 1]
       tokens.append(int(logits_V.argmax()))
+      logprobs.append(logits_V.max() - np.log(np.exp(logits_V).sum()))
     assert f.tokens == tokens[len(prompt):]
-    assert f.logprobs == [0.0] * STEPS
+    np.testing.assert_allclose(f.logprobs, logprobs, atol=1e-5)
 
 
 def test_greedy_equals_transformers(model, generator, tmp_path):

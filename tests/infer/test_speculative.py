@@ -132,7 +132,8 @@ def test_greedy_is_plain_greedy(depth, drafts):
   plain = generator(prompts, steps, settings, stop=(0,), bias_V=bias_V)
   found = generator(prompts, steps, settings, stop=(0,), bias_V=bias_V, drafts=drafts)
   for a, b in zip(plain, found):
-    assert (a.tokens, a.logprobs, a.finish) == (b.tokens, b.logprobs, b.finish)
+    assert (a.tokens, a.finish) == (b.tokens, b.finish)
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
   free = generator(prompts, steps, drafts=drafts)
   assert [f.tokens for f in free] == [f.tokens for f in generator(prompts, steps)]
   assert sum(f.accepted[0] for f in free) > 0  # some drafts were right
