@@ -31,6 +31,6 @@ def generation(patch):
   """Lets `infer.decode` compile its functions like this, for a `pytest.MonkeyPatch`."""
   from dsv3_jax.infer import decode
 
-  for name, static in (("prefill", ()), ("run", ("most",))):
+  for name, static in (("prefill", ("fresh",)), ("run", ("most",))):
     patch.setattr(decode, name, jit(getattr(decode, name).__wrapped__,
                                     static_argnames=("drafts", "cfg", "runtime", "tops", *static)))

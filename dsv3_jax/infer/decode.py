@@ -53,19 +53,19 @@ class New(NamedTuple):
   top_logprobs_NBTX: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("drafts", "cfg", "runtime", "tops"),
+@functools.partial(jax.jit, static_argnames=("drafts", "cfg", "runtime", "tops", "fresh"),
                    donate_argnames=("cache",))
 def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.Array,
             most: jax.Array, seen_BV: jax.Array | None, r: Rows, bias: jax.Array | None,
             stop_S: jax.Array, *, drafts: int, cfg: config.Model, runtime: config.Runtime,
-            tops: int = 0) -> tuple[State, New]:
-  """Prompts into an empty cache, and the first token of each.
+            tops: int = 0, fresh: bool = True) -> tuple[State, New]:
+  """Prompts, or chunks of them, into the cache, and the token after each.
 
   Args:
     weights: the model's.
-    cache: empty; donated.
+    cache: donated.
     tokens_BT, new_B: of row b the first new_B[b] tokens are its prompt.
-    most: tokens to draw, this one included.
+    most: tokens to draw, this one included; one for all rows.
     seen_BV: bool, tokens of the prompts, or None without a repetition penalty.
     r: the rows' settings.
     bias: [V] or [B, V], added to the logits, or None.
@@ -73,11 +73,12 @@ def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.
     drafts: K, of each later round.
     cfg, runtime: the model and implementations.
     tops: X, likeliest tokens to give with each one drawn.
+    fresh: the cache is empty; drafts want it to be.
   """
-  h_BTD, _, cache = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime, fresh=True)
+  h_BTD, _, cache = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime, fresh)
   logits_BV = forward_lib.readout(weights, forward_lib.last(h_BTD, new_B), cfg)
   scores_BV = sampler.scores(logits_BV, r, seen_BV, _each(bias))
-  token_B = sampler.draw(scores_BV, r.seed_B, new_B)
+  token_B = sampler.draw(scores_BV, r.seed_B, cache.lengths_B)
   tail = None
   if drafts:
     tail, cache = draft_lib.prefill(weights, cache, h_BTD, tokens_BT, token_B, drafts, cfg, runtime)

@@ -1,0 +1,230 @@
+"""The engine: requests that come, wait, share, are interrupted and leave."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dsv3_jax import config
+from dsv3_jax.config import ConfigError
+from dsv3_jax.infer import decode
+from dsv3_jax.infer.engine import Closed, Engine, Full, Settings
+from dsv3_jax.infer.generate import Generator
+from dsv3_jax.infer.request import Request
+from dsv3_jax.infer.sampler import Sampling
+from tests import quick
+from tests.model import small
+
+CFG = config.replace(small.BASE, layers=2)
+SETTINGS = Settings(pages=20, page_size=4, longest=60, running=4, chunk=8, run=3)
+V = CFG.vocab_size
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+  """The compiled functions, compiled without optimisation."""
+  with pytest.MonkeyPatch.context() as patch:
+    quick.generation(patch)
+    yield
+
+
+@pytest.fixture(scope="module")
+def generator():
+  _, params, buffers = small.split(small.build(CFG, seed=5))
+  return Generator(CFG, params, buffers, small.RUNTIME)
+
+
+def engine(generator, **changes):
+  return Engine(CFG, generator.weights, dataclasses.replace(SETTINGS, **changes), small.RUNTIME)
+
+
+def ask(engine, request):
+  """(job, its events)."""
+  events = []
+  return engine.submit(request, events.append), events
+
+
+def finish(engine, steps=3000):
+  for _ in range(steps):
+    if not engine.step():
+      assert engine.pages.free == engine.pages.count
+      return
+  raise AssertionError("no end")
+
+
+def written(events):
+  return [t.id for e in events for t in e.tokens]
+
+
+def random_requests(count, seed):
+  """Prompts of a few beginnings; greedy and drawn, with and without penalty and stop tokens."""
+  rng = np.random.default_rng(seed)
+  heads = [rng.integers(0, V, 14).tolist() for _ in range(2)]
+  for i in range(count):
+    head = heads[rng.integers(2)][:rng.integers(0, 15)]
+    prompt = tuple(head + rng.integers(0, V, rng.integers(1, 14)).tolist())
+    sampling = Sampling(float(rng.choice([0, 1.2])), top_k=int(rng.choice([0, 5])), seed=i,
+                        repetition_penalty=float(rng.choice([1, 1.3])))
+    stop = frozenset({int(rng.integers(V))}) if rng.random() < 0.5 else frozenset()
+    yield Request(prompt, int(rng.integers(1, 26)), sampling, stop)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_each_equals_its_solo_run(generator, share):
+  """Oracle: the generator, one request at a time. Requests come while others run, share pages,
+  take them from each other and give all back."""
+  made, rng = engine(generator, share=share), np.random.default_rng(2)
+  asked = []
+  for request in random_requests(24, seed=int(share)):
+    asked.append((request, *ask(made, request)))
+    for _ in range(rng.integers(0, 4)):
+      made.step()
+  finish(made)
+  assert made.totals["preempted"] > 0  # the pool was too small for all
+  assert (made.pages.found > 0) == share
+  for request, job, events in asked:
+    expected, = generator([request.prompt], request.most, request.sampling, stop=request.stop)
+    assert written(events) == expected.tokens == job.tokens
+    assert events[-1].finish == job.finish == expected.finish
+    assert [e.finish for e in events[:-1]] == [""] * (len(events) - 1)
+    logprobs = [t.logprob for e in events for t in e.tokens]
+    np.testing.assert_allclose(logprobs, expected.logprobs, atol=1e-5)
+  assert made.totals["stop"] + made.totals["length"] == 24
+  assert made.counts() == {"waiting": 0, "prompt": 0, "writing": 0, "pages": 0}
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(generator):
+  """Law: while it is read in chunks, who writes goes on each step, and a short prompt that comes
+  later has its first token after two steps."""
+  made = engine(generator)
+  _, first = ask(made, Request((1, 2, 3), 30))
+  made.step()
+  ask(made, Request(tuple(range(20)) * 2, 2))  # five chunks
+  made.step()
+  _, short = ask(made, Request((4, 5), 2))
+  before = len(written(first))
+  made.step()
+  made.step()
+  assert len(written(first)) == before + 2 and len(written(short)) > 0
+  finish(made)
+
+
+def test_biases_and_alternatives(generator):
+  """Law: a bias forbids and asks for tokens, also between neighbours that have none; a penalty of
+  presence ends repetition; alternatives are sorted and hold the likeliest token."""
+  made = engine(generator)
+  plain, = generator([[3, 1]], 8)
+  free = [t for t in range(V) if t not in plain.tokens]
+  _, a = ask(made, Request((3, 1), 8, bias=tuple((t, float("-inf")) for t in set(plain.tokens))))
+  _, b = ask(made, Request((3, 1), 8, tops=3))
+  _, c = ask(made, Request((3, 1), 8, bias=((free[0], 1e6),)))
+  _, d = ask(made, Request((3, 1), 8, presence=2.0, frequency=2.0, sampling=Sampling(seed=1)))
+  finish(made)
+  assert not set(written(a)) & set(plain.tokens)
+  assert written(b) == plain.tokens
+  for token in (t for e in b for t in e.tokens):
+    assert len(token.tops) == 3 and token.tops[0] == (token.id, token.logprob)
+    assert [p for _, p in token.tops] == sorted((p for _, p in token.tops), reverse=True)
+  assert written(c) == [free[0]] * 8
+  steps, tokens = [[3, 1]], []
+  for _ in range(8):  # the penalties by hand
+    bias = -2.0 * np.bincount(tokens, minlength=V) - 2.0 * (np.bincount(tokens, minlength=V) > 0)
+    one, = generator([steps[-1]], 1, bias_V=bias.astype(np.float32))
+    tokens += one.tokens
+    steps.append(steps[-1] + one.tokens)
+  assert written(d) == tokens
+
+
+def test_constraint(generator):
+  """Law: what a constraint forbids does not come, and it sees every token."""
+  class Even:
+    def __init__(self):
+      self.seen = []
+
+    def allowed(self):
+      return np.arange(V) % 2 == len(self.seen) % 2
+
+    def take(self, token):
+      self.seen.append(token)
+
+  made = engine(generator)
+  job, events = ask(made, Request((3, 1), 9, Sampling(1.0, seed=3), constraint=Even))
+  ask(made, Request((3, 1), 9))
+  finish(made)
+  assert [t % 2 for t in written(events)] == [0, 1] * 4 + [0] and job.constraint.seen == job.tokens
+
+
+def test_cancelled(generator):
+  """Law: a request that is cancelled, waiting, reading or writing, ends and leaves nothing."""
+  made = engine(generator, running=2)
+  jobs = [ask(made, Request((1, 2, 3) * 6, 20)) for _ in range(4)]
+  for _ in range(4):
+    made.step()
+  for job, _ in jobs[1:]:
+    job.cancel()
+  finish(made)
+  assert jobs[0][0].finish == "length" and len(jobs[0][0].tokens) == 20
+  assert [job.finish for job, _ in jobs[1:]] == ["cancelled"] * 3
+  assert made.totals["cancelled"] == 3
+
+
+def test_a_failing_step_and_a_failing_listener(generator, monkeypatch, caplog):
+  """Law: what is under way ends with the error, what waits is answered; a listener's error ends
+  its own request alone."""
+  made = engine(generator, running=1)
+  _, first = ask(made, Request((1, 2), 5))
+  _, second = ask(made, Request((1, 2), 5))
+
+  def fails(*args, **kwargs):
+    monkeypatch.undo()
+    raise RuntimeError("no memory")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(decode, "run", fails)
+    quick_run = made.step()
+  assert quick_run and first[-1].finish == "error" and "no memory" in first[-1].error
+  finish(made)
+  assert len(written(second)) == 5
+  def bad(event):
+    raise KeyError("gone")
+  job = made.submit(Request((1, 2), 9), bad)
+  _, other = ask(made, Request((3, 2), 9))
+  finish(made)
+  assert job.finish == "cancelled" and len(written(other)) == 9
+
+
+def test_refusals(generator):
+  """Law: what cannot be answered, or not now, is said at once."""
+  made = engine(generator, queue=2)
+  for changes, words in (({"prompt": ()}, "no token"), ({"prompt": (V,)}, f"vocabulary of {V}"),
+                         ({"most": 0}, "max_tokens=0"), ({"most": 60}, "60 that a request"),
+                         ({"tops": 21}, "logprobs=21"), ({"bias": ((V, 1.0),)}, "logit_bias"),
+                         ({"bias": ((1, float("nan")),)}, "nan"),
+                         ({"presence": 3.0}, "presence_penalty=3")):
+    with pytest.raises(ConfigError, match=words):
+      made.submit(Request(**{"prompt": (1,), "most": 2} | changes), print)
+  for _ in range(2):
+    ask(made, Request((1,), 2))
+  with pytest.raises(Full, match="2 requests wait"):
+    ask(made, Request((1,), 2))
+  made.close()
+  with pytest.raises(Closed):
+    ask(made, Request((1,), 2))
+  finish(made)
+  for changes, words in (({"pages": 0}, "pages=0"), ({"longest": 99}, "at most 80")):
+    with pytest.raises(ConfigError, match=words):
+      dataclasses.replace(SETTINGS, **changes)
+
+
+def test_no_retrace(generator):
+  """Law: once each size was seen nothing is compiled again."""
+  made = engine(generator)
+  for request in random_requests(30, seed=3):
+    ask(made, dataclasses.replace(request, sampling=Sampling()))
+  finish(made)
+  sizes = decode.run._cache_size(), decode.prefill._cache_size()
+  for request in random_requests(30, seed=4):
+    ask(made, dataclasses.replace(request, sampling=Sampling(0.7, seed=3)))
+    made.step()
+  finish(made)
+  assert (decode.run._cache_size(), decode.prefill._cache_size()) == sizes
