@@ -4,22 +4,11 @@ import io
 import json
 import re
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from dsv3_jax import cli
-from dsv3_jax import config as config_lib
 from dsv3_jax.data import tokenizer as tokenizer_lib
-from dsv3_jax.train import checkpoint, optim, state
-from tests import quick
-
-CONFIG = config_lib.replace(config_lib.Config(), **{
-    "model.vocab_size": 320, "model.dim": 16, "model.layers": 2, "model.dense_ffn_dim": 16,
-    "model.attention.heads": 2, "model.attention.q_rank": 8, "model.attention.kv_rank": 8,
-    "model.attention.nope_dim": 4, "model.attention.rope_dim": 4, "model.attention.v_dim": 4,
-    "model.moe.ffn_dim": 8, "model.mtp_depth": 1})
+from tests import quick, saved_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,17 +23,7 @@ def quickly():
 def workdir(tmp_path_factory):
   """A run's folder with a checkpoint and a tokenizer."""
   folder = tmp_path_factory.mktemp("run")
-  _, abstract, _ = state.initializer(lambda: state.build_model(CONFIG.model, seed=3),
-                                     optim.make_optimizer(CONFIG.optim))
-  rng = np.random.default_rng(0)
-  made = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
-  saver = checkpoint.Checkpoints(str(folder))
-  saver.save(made, {"step": 1, "tokens": 10, "val_loss": None,
-                    "config": config_lib.to_dict(CONFIG)})
-  saver.close()
-  text = "def main(argv):\n  print(argv)\n" * 40
-  made = tokenizer_lib.train([text], CONFIG.model.vocab_size)
-  (folder / "tokenizer.json").write_text(made.to_json())
+  saved_run.make(folder)
   return folder
 
 

@@ -28,6 +28,7 @@ from dsv3_jax.cli import (
     plan,
     report,
     schedule,
+    serve,
     simulate,
     sweep,
     tokenize,
@@ -40,8 +41,8 @@ __all__ = ["default_workdir", "load_config", "main", "parse_value", "run"]
 
 _COMMANDS = types.MappingProxyType({
     "train": train, "sweep": sweep, "watch": watch, "report": report, "eval": evaluate,
-    "generate": generate, "cost": cost, "plan": plan, "numerics": numerics, "schedule": schedule,
-    "simulate": simulate, "tokenize": tokenize, "convert": convert})
+    "generate": generate, "serve": serve, "cost": cost, "plan": plan, "numerics": numerics,
+    "schedule": schedule, "simulate": simulate, "tokenize": tokenize, "convert": convert})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,10 +4,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from dsv3_jax import config as config_lib
+from dsv3_jax.cli import models
 from dsv3_jax.config import ConfigError
 
 SUMMARY = "text that a trained model writes after a prompt"
@@ -27,7 +26,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The command's options."""
-  parser.add_argument("source", metavar="SOURCE", help="workdir of a run, or Hugging Face folder")
+  models.add_arguments(parser)
   parser.add_argument("--prompt", action="append", metavar="TEXT",
                       help="text to continue; \\n, \\t and \\\\ are understood (may be repeated)")
   parser.add_argument("--suffix", metavar="TEXT", help="text after the gap that is to be filled")
@@ -52,12 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="tokens that the MTP modules draft for each pass of the model "
                            "(speculative decoding: the same greedy text, draws of the same "
                            "distribution); says how many were kept")
-  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                      help="of weights and computation (default: %(default)s)")
-  parser.add_argument("--cache", choices=("float32", "bfloat16", "fp8"), default="",
-                      help="of the latent cache (default: --dtype)")
-  parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
-  parser.add_argument("--ema", action="store_true", help="the averaged parameters")
   parser.add_argument("--json", action="store_true",
                       help="one JSON object a completion, with tokens and log-probabilities")
 
@@ -68,15 +61,7 @@ def run(args: argparse.Namespace) -> int:
   Raises:
     ConfigError: no model or tokenizer in the folder, no prompt, a bad setting.
   """
-  source = Path(args.source)
-  is_run = (source / "checkpoints").is_dir()
-  if not is_run and not (source / "config.json").is_file():
-    raise ConfigError(f"{source} holds neither checkpoints/ nor config.json; give the workdir of a "
-                      "run or a Hugging Face model folder")
-  if not is_run and (args.step is not None or args.ema):
-    raise ConfigError(f"--step and --ema choose a checkpoint; {source} is a model folder")
-  if not (source / "tokenizer.json").is_file():
-    raise ConfigError(f"{source} holds no tokenizer.json, without which there is no text")
+  models.check(args)
   if args.n < 1:
     raise ConfigError(f"--n={args.n} must be at least 1")
   prompts = [_unescaped(p) for p in args.prompt or [sys.stdin.read()]]
@@ -87,28 +72,8 @@ def run(args: argparse.Namespace) -> int:
   first = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
                    args.seed)
   settings = [dataclasses.replace(first, seed=args.seed + i) for i in range(args.n)]
-  generator, tokenizer = _load(source, is_run, args)
+  generator, tokenizer = models.load(args)
   return _write(generator, tokenizer, prompts, suffix, settings, args)
-
-
-def _load(source: Path, is_run: bool, args: argparse.Namespace) -> tuple[Any, Any]:
-  """The generator and the tokenizer of a run or a model folder."""
-  from dsv3_jax.data.tokenizer import Tokenizer
-  from dsv3_jax.infer.generate import Generator
-  from dsv3_jax.train import checkpoint, loop, state
-
-  loop.use_compilation_cache()
-  if is_run:
-    params, buffers, meta = checkpoint.load_params(str(source), args.step, args.ema)
-    model = config_lib.from_dict(meta["config"]).model
-  else:
-    from dsv3_jax.interop import huggingface
-
-    loaded = huggingface.load(source, args.dtype)
-    model, (_, params, buffers) = loaded.cfg, state.split(loaded)
-  tokenizer = Tokenizer.load(str(source / "tokenizer.json"), model.vocab_size)
-  runtime = config_lib.Runtime(compute_dtype=args.dtype)
-  return Generator(model, params, buffers, runtime, args.cache), tokenizer
 
 
 def _write(generator: Any, tokenizer: Any, prompts: list[str], suffix: str | None,

@@ -38,7 +38,7 @@ from dsv3_jax.infer.parameters import Parameters
 from dsv3_jax.infer.request import TOPS, Event, Job, Request, Token
 
 _log = logging.getLogger(__name__)
-_CHUNKS = 4  # ratio of two sizes that chunks are padded to
+_CHUNKS, _LEAST = 4, 16  # ratio of the sizes that chunks are padded to, and a bound of the smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Engine:
     runtime: implementations.
     cache_dtype: of the cache; "": the weights'.
     stop: tokens that end any request.
+    vocabulary: ids from here on only pad the model's vocabulary and are never drawn; 0: none.
 
   Attributes:
     pages: the cache's pages.
@@ -107,11 +108,15 @@ class Engine:
 
   def __init__(self, cfg: config.Model, weights: Parameters, settings: Settings = Settings(),
                runtime: config.Runtime = config.Runtime(), cache_dtype: str = "",
-               stop: frozenset[int] = frozenset()):
+               stop: frozenset[int] = frozenset(), vocabulary: int = 0):
     self.cfg, self.settings, self.runtime = cfg, settings, runtime
     self._weights, self._stop = weights, stop
     self._ends = np.array(sorted(stop), np.int32)
     self._tops = min(TOPS, cfg.vocab_size)
+    self._forbidden_V = None
+    if 0 < vocabulary < cfg.vocab_size:
+      self._forbidden_V = np.zeros(cfg.vocab_size, np.float32)
+      self._forbidden_V[vocabulary:] = -np.inf
     self._dtype = cache_dtype or runtime.compute_dtype
     self._table = -(-settings.limit // settings.page_size)  # N, pages that a request may have
     self.totals: collections.Counter[str] = collections.Counter()
@@ -165,6 +170,28 @@ class Engine:
 
   # --- the engine's thread
 
+  def warm(self, say: Callable[[str], Any] = lambda text: None) -> None:
+    """Compiles what requests without biases and penalties will want; `say` hears of each size."""
+    B, r = 1, sampler.rows([sampler.GREEDY])
+    call: dict[str, Any] = dict(drafts=0, cfg=self.cfg, runtime=self.runtime)
+    for fresh in (True, False):
+      for tokens in self._chunks():
+        say(f"{'first' if fresh else 'later'} chunks of prompts, {tokens} tokens")
+        state, _ = decode.prefill(
+            self._weights, self._cache([], 1), np.zeros((1, tokens), np.int32),
+            np.zeros(1, np.int32), np.int32(1), None, r, self._bias([], 1), self._ends, **call,
+            fresh=fresh)
+        self._layers = state.cache.layers
+    while B < 2 * self.settings.running:
+      say(f"decoding of {B} requests")
+      none_B = np.zeros(B, np.int32)
+      state, _ = decode.run(
+          self._weights, decode.State(self._cache([], B), none_B, none_B, None, None), none_B > 0,
+          sampler.rows([sampler.GREEDY] * B), self._bias([], B), self._ends, np.int32(1),
+          most=self.settings.run, **call)
+      self._layers = state.cache.layers
+      B *= 2
+
   def step(self) -> bool:
     """Goes on with everything by a little; False if there was nothing to do.
 
@@ -198,7 +225,7 @@ class Engine:
       self._inbox.clear()
     for job in [j for j in (*self._waiting, *self._live()) if j.cancelled]:
       self._leave(job)
-      self._end(job, "cancelled")
+      self._end(job, job.cancelled)
     self._admit()
     if not self._prompts and not self._writing:
       return False
@@ -236,9 +263,7 @@ class Engine:
     whole, chunk = job.whole, self.settings.chunk
     part = whole[job.written:job.written + chunk]
     done = job.written + len(part) == len(whole)
-    size = chunk
-    while size // _CHUNKS >= len(part):
-      size //= _CHUNKS
+    size = min(size for size in self._chunks() if size >= len(part))
     tokens_1T = np.zeros((1, size), np.int32)
     tokens_1T[0, :len(part)] = part
     cache = self._cache([job], 1)
@@ -367,6 +392,13 @@ class Engine:
 
   # --- what the compiled functions take
 
+  def _chunks(self) -> list[int]:
+    """Sizes that chunks of prompts are padded to."""
+    sizes = [self.settings.chunk]
+    while sizes[-1] // _CHUNKS >= _LEAST:
+      sizes.append(sizes[-1] // _CHUNKS)
+    return sizes
+
   def _cache(self, jobs: list[Job], B: int) -> Cache:
     pages_BN, lengths_B = np.zeros((B, self._table), np.int32), np.zeros(B, np.int32)
     for b, job in enumerate(jobs):
@@ -384,9 +416,9 @@ class Engine:
 
   def _bias(self, jobs: list[Job], B: int) -> np.ndarray | None:
     if not any(job.biased for job in jobs):
-      return None
+      return self._forbidden_V
     bias_BV = np.zeros((B, self.cfg.vocab_size), np.float32)
     for b, job in enumerate(jobs):
       if job.biased:
         bias_BV[b] = job.bias_V(self.cfg.vocab_size)
-    return bias_BV
+    return bias_BV if self._forbidden_V is None else bias_BV + self._forbidden_V

@@ -103,7 +103,8 @@ class Event:
 
   Attributes:
     tokens: new ones.
-    finish: "" while it goes on, then "stop" (a stop token), "length", "cancelled" or "error".
+    finish: "" while it goes on, then "stop" (a stop token), "length", "error", or what it was
+      cancelled with.
     error: in words, where finish is "error".
   """
 
@@ -131,7 +132,7 @@ class Job:
     self.first: float | None = None
     self.ended: float | None = None
     self.preempted = 0
-    self.cancelled = False
+    self.cancelled = ""
     self.pages: list[int] = []
     self.written = 0  # tokens in the cache
     self.published = 0  # pages that others may find
@@ -170,6 +171,6 @@ class Job:
       made[~self.constraint.allowed()] = -np.inf
     return made
 
-  def cancel(self) -> None:
-    """Ends it before its time; from any thread."""
-    self.cancelled = True
+  def cancel(self, finish: str = "cancelled") -> None:
+    """Ends it before its time, with this `finish`; from any thread."""
+    self.cancelled = self.cancelled or finish

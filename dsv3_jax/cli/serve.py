@@ -1,0 +1,110 @@
+"""`dsv3 serve`: a model behind OpenAI's API."""
+
+import argparse
+import ipaddress
+import os
+import sys
+from pathlib import Path
+
+from dsv3_jax.cli import models
+from dsv3_jax.config import ConfigError
+
+SUMMARY = "a trained model behind an OpenAI-compatible HTTP API, with a chat page"
+DESCRIPTION = (
+    "Serves a run's checkpoint or a model in a Hugging Face folder: /v1/completions and\n"
+    "/v1/chat/completions (both streaming), /v1/models, /metrics for Prometheus, /health, and a\n"
+    "page for a browser at /. Requests are batched as they come (continuous batching over a paged\n"
+    "latent cache); equal beginnings of prompts are read once. SIGTERM or SIGINT: no new calls,\n"
+    "those under way are answered first.")
+EXAMPLES = (
+    "  dsv3 serve runs/tiny\n"
+    "  DSV3_API_KEY=secret dsv3 serve exported --host=0.0.0.0 --port=8080 --name=mine\n"
+    "  curl http://127.0.0.1:8000/v1/completions -d '{\"prompt\": \"def main(\"}'")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The command's options."""
+  models.add_arguments(parser)
+  parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+  parser.add_argument("--port", type=int, default=8000, metavar="N",
+                      help="0 takes a free one (default: %(default)s)")
+  parser.add_argument("--name", default="", help="of the model, to clients (default: of SOURCE)")
+  parser.add_argument("--api-key", default="", metavar="KEY",
+                      help="that calls must bear; the variable DSV3_API_KEY does not show in a "
+                           "list of processes (default: none)")
+  parser.add_argument("--tokens", type=int, default=32768, metavar="N",
+                      help="that the cache has room for, of all requests (default: %(default)s)")
+  parser.add_argument("--longest", type=int, default=0, metavar="N",
+                      help="tokens of one request, prompt and answer (default: all of --tokens)")
+  parser.add_argument("--running", type=int, default=16, metavar="N",
+                      help="requests that are answered at once (default: %(default)s)")
+  parser.add_argument("--queue", type=int, default=1024, metavar="N",
+                      help="requests that may wait; more get status 429 (default: %(default)s)")
+  parser.add_argument("--chunk", type=int, default=256, metavar="N",
+                      help="tokens of a prompt read at once, between which others write (default: "
+                           "%(default)s)")
+  parser.add_argument("--timeout", type=float, default=600.0, metavar="S",
+                      help="seconds a call may take (default: %(default)g)")
+  parser.add_argument("--patience", type=float, default=30.0, metavar="S",
+                      help="seconds for calls under way when the server ends (default: "
+                           "%(default)g)")
+  parser.add_argument("--no-sharing", action="store_true",
+                      help="read equal beginnings of prompts anew each time")
+  parser.add_argument("--cold", action="store_true",
+                      help="compile when a size is first wanted, not before the first call")
+
+
+def run(args: argparse.Namespace) -> int:
+  """Runs the command.
+
+  Raises:
+    ConfigError: no model or tokenizer in the folder, a bad setting, a package that is missing, or
+      a port that cannot be had.
+  """
+  models.check(args)
+  for name in ("timeout", "patience"):
+    if getattr(args, name) <= 0:
+      raise ConfigError(f"--{name}={getattr(args, name):g} must be positive")
+  if not 0 <= args.port < 65536:
+    raise ConfigError(f"--port={args.port} must lie between 0 and 65535")
+  try:
+    import prometheus_client  # noqa: F401
+    import starlette  # noqa: F401
+    import uvicorn
+  except ImportError as e:
+    raise ConfigError(f"serving wants {e.name}: pip install 'dsv3-jax[serve]'") from None
+  from dsv3_jax.infer.engine import Engine, Settings
+  from dsv3_jax.serve import app
+  from dsv3_jax.serve.worker import Worker
+
+  page = 64
+  settings = Settings(max(1, -(-args.tokens // page)), page, args.longest, args.running, args.chunk,
+                      queue=args.queue, share=not args.no_sharing)
+  generator, tokenizer = models.load(args)
+  engine = Engine(generator.cfg, generator.weights, settings, generator.runtime,
+                  generator.cache_dtype, frozenset({tokenizer.eos}), tokenizer.vocab_size)
+  name = args.name or Path(args.source).resolve().name
+  key = args.api_key or os.environ.get("DSV3_API_KEY", "")
+  made = app.make(Worker(engine), tokenizer, name, app.Limits(key, seconds=args.timeout))
+  server = uvicorn.Server(uvicorn.Config(
+      made, args.host, args.port, log_level="warning", lifespan="on", access_log=False,
+      timeout_graceful_shutdown=int(args.patience) or 1))
+  try:
+    socket = server.config.bind_socket()
+  except SystemExit:  # it has said why
+    return 1
+  if not args.cold:
+    engine.warm(lambda what: print(f"compiling: {what}", file=sys.stderr, flush=True))
+  host, port = socket.getsockname()[:2]
+  if not key and not _loopback(args.host):
+    print("no key: whoever reaches this address may call; set DSV3_API_KEY", file=sys.stderr)
+  print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+  server.run(sockets=[socket])
+  return 0
+
+
+def _loopback(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == "localhost"

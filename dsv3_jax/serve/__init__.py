@@ -1,0 +1,1 @@
+"""A model behind HTTP, in the words of OpenAI's API."""
