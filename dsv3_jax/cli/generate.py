@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from dsv3_jax.cli import models
+from dsv3_jax import trained
 from dsv3_jax.config import ConfigError
 
 SUMMARY = "text that a trained model writes after a prompt"
@@ -26,7 +26,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The command's options."""
-  models.add_arguments(parser)
+  trained.add_arguments(parser)
   parser.add_argument("--prompt", action="append", metavar="TEXT",
                       help="text to continue; \\n, \\t and \\\\ are understood (may be repeated)")
   parser.add_argument("--suffix", metavar="TEXT", help="text after the gap that is to be filled")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
   Raises:
     ConfigError: no model or tokenizer in the folder, no prompt, a bad setting.
   """
-  models.check(args)
+  trained.check(args.source, args.step, args.ema)
   if args.n < 1:
     raise ConfigError(f"--n={args.n} must be at least 1")
   prompts = [_unescaped(p) for p in args.prompt or [sys.stdin.read()]]
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
   first = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
                    args.seed)
   settings = [dataclasses.replace(first, seed=args.seed + i) for i in range(args.n)]
-  generator, tokenizer = models.load(args)
+  generator, tokenizer = trained.load(args.source, args.step, args.ema, args.dtype, args.cache)
   return _write(generator, tokenizer, prompts, suffix, settings, args)
 
 

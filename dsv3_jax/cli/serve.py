@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from dsv3_jax.cli import models
+from dsv3_jax import trained
 from dsv3_jax.config import ConfigError
 
 SUMMARY = "a trained model behind an OpenAI-compatible HTTP API, with a chat page"
@@ -24,7 +24,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The command's options."""
-  models.add_arguments(parser)
+  trained.add_arguments(parser)
   parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
   parser.add_argument("--port", type=int, default=8000, metavar="N",
                       help="0 takes a free one (default: %(default)s)")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     ConfigError: no model or tokenizer in the folder, a bad setting, a package that is missing, or
       a port that cannot be had.
   """
-  models.check(args)
+  trained.check(args.source, args.step, args.ema)
   for name in ("timeout", "patience"):
     if getattr(args, name) <= 0:
       raise ConfigError(f"--{name}={getattr(args, name):g} must be positive")
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
   page = 64
   settings = Settings(max(1, -(-args.tokens // page)), page, args.longest, args.running, args.chunk,
                       queue=args.queue, share=not args.no_sharing)
-  generator, tokenizer = models.load(args)
+  generator, tokenizer = trained.load(args.source, args.step, args.ema, args.dtype, args.cache)
   engine = Engine(generator.cfg, generator.weights, settings, generator.runtime,
                   generator.cache_dtype, frozenset({tokenizer.eos}), tokenizer.vocab_size)
   name = args.name or Path(args.source).resolve().name

@@ -123,27 +123,21 @@ def test_drafts_are_the_modules(depth, drafts, paged):
 
 @pytest.mark.parametrize("depth, drafts", [(1, 1), (2, 3)])
 def test_greedy_is_plain_greedy(depth, drafts):
-  """Law: drafts change nothing but the number of rounds, also with a penalty, a bias and a stop
-  token, and not the neighbours."""
+  """Law: drafts change nothing but the number of rounds, with a bias and a stop token, and beside
+  a row that has a penalty."""
   _, _, generator = built(depth)
   prompts, steps = [[3, 1, 4, 1], [2], [2, 4, 3, 3, 0, 1, 2]], 20
   settings = [Sampling(), Sampling(repetition_penalty=1.4), Sampling()]
   bias_V = np.array([0, 0, 0.7, 0, -np.inf], np.float32)
   plain = generator(prompts, steps, settings, stop=(0,), bias_V=bias_V)
   found = generator(prompts, steps, settings, stop=(0,), bias_V=bias_V, drafts=drafts)
+  assert sum(f.accepted[0] for f in found) > 0  # some drafts were right
   for a, b in zip(plain, found):
     assert (a.tokens, a.finish) == (b.tokens, b.finish)
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
-  free = generator(prompts, steps, drafts=drafts)
-  assert [f.tokens for f in free] == [f.tokens for f in generator(prompts, steps)]
-  assert sum(f.accepted[0] for f in free) > 0  # some drafts were right
-  for f in free:
-    assert f.rounds + sum(f.accepted) >= steps - 1 > f.rounds + sum(f.accepted) - drafts - 1
-    assert list(f.accepted) == sorted(f.accepted, reverse=True)
-  streamed = [[] for _ in prompts]
-  again = generator(prompts, steps, drafts=drafts,
-                    on_tokens=lambda row, tokens: streamed[row].extend(tokens))
-  assert streamed == [f.tokens for f in again] == [f.tokens for f in free]
+    assert list(b.accepted) == sorted(b.accepted, reverse=True)
+    kept, drawn = b.rounds + sum(b.accepted), len(b.tokens) - 1 + (b.finish == "stop")
+    assert kept - drafts <= drawn <= kept  # the last round may draw more than was asked for
 
 
 def test_sampled_tokens_have_their_distribution():
