@@ -15,6 +15,7 @@ import asyncio
 import collections
 import json
 import random
+import signal
 import socket
 import sys
 
@@ -111,13 +112,17 @@ class Storm:
     import httpx
 
     try:
-      await http.post("/v1/completions", json=self._body(asked),
-                      timeout=httpx.Timeout(60, read=self._rng.uniform(0.01, 0.3)))
+      answer = await http.post("/v1/completions", json=self._body(asked),
+                               timeout=httpx.Timeout(60, read=self._rng.uniform(0.01, 0.3)))
     except httpx.ReadTimeout:
-      pass
+      return
+    if answer.status_code == 200:
+      self._check(asked, answer.json()["choices"][0]["text"])
+    elif answer.status_code != 503:
+      raise Wrong(f"{answer.status_code}: {answer.text}")
 
   async def _long_prompt(self, http, asked) -> None:
-    await self._refused(http, "long prompt", json=self._body((asked[0] * 200, asked[1])))
+    await self._refused(http, "long prompt", json=self._body((asked[0] + " x" * 3000, asked[1])))
 
   async def _long_body(self, http, asked) -> None:
     await self._refused(http, "long body", json=self._body(("x " * 600_000, asked[1])))
@@ -196,7 +201,9 @@ async def run(args, options, prompts) -> Storm:
     while sum(made.done.values()) < args.calls // 2 and not calls.done():
       await asyncio.sleep(0.05)
     first.terminate()
-    await asyncio.to_thread(first.wait, 60)
+    ended = await asyncio.to_thread(first.wait, 60)
+    if ended not in (0, -signal.SIGTERM):
+      raise Wrong(f"SIGTERM ended the server with {ended}")
   with serving.server(args.workdir, *options) as (url, second):
     await calls
     print(f"at the end: {await idle(url)}")

@@ -77,11 +77,11 @@ async def measure(url: str, rounds: int) -> dict[str, list[float]]:
       await asyncio.gather(*(ask(http, text, NEW) for text in again))
       end = time.perf_counter()
       assert alone == list(await asyncio.gather(*(ask(http, text, NEW) for text in texts)))
-      single = await first_token(http, prompt(-turn - 1))
+      single = await first_token(http, prompt(10**6 + turn))
       start_long = time.perf_counter()
-      reading = asyncio.ensure_future(first_token(http, prompt(-1000 - turn, LONG)))
+      reading = asyncio.ensure_future(first_token(http, prompt(2 * 10**6 + turn, LONG)))
       await asyncio.sleep(0.05)
-      beside = await first_token(http, prompt(-2000 - turn))
+      beside = await first_token(http, prompt(3 * 10**6 + turn))
       assert not reading.done(), "the long prompt is not long enough"
       await reading
       if turn:  # the first round warms up
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
   p = common.parser(__doc__, rounds=5)
   p.add_argument("--workdir", default="runs/tiny", help="of a trained model")
   args = p.parse_args(argv)
-  with server(args.workdir, "--tokens=65536") as (url, _):
+  with server(args.workdir, "--tokens=65536", "--longest=16384") as (url, _):
     times = asyncio.run(measure(url, args.rounds))
   gain = common.paired(times["one by one"], times["at once"])
   rate = lambda name: f"{CLIENTS * NEW / sorted(times[name])[len(times[name]) // 2]:.0f} tokens/s"

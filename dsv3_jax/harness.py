@@ -30,7 +30,8 @@ class DSV3(TemplateLM):
   Args:
     source: the folder.
     step, ema, dtype: see `trained.load`.
-    max_length: tokens of context and continuation; longer contexts lose their beginning.
+    max_length: tokens of context and continuation; longer contexts lose their beginning. 0: what
+      the model was trained to see.
     max_gen_toks: new tokens where a task does not say.
     batch_size: sequences in one pass.
     unused: what the harness passes to every model.
@@ -39,11 +40,11 @@ class DSV3(TemplateLM):
   backend = "causal"
 
   def __init__(self, source: str, step: int | None = None, ema: bool = False,
-               dtype: str = "float32", max_length: int = 2048, max_gen_toks: int = 256,
+               dtype: str = "float32", max_length: int = 0, max_gen_toks: int = 256,
                batch_size: int | str = 8, **unused: Any):
     super().__init__()
-    self._generator, self._tokenizer = trained.load(source, step, ema, dtype)
-    self.max_length, self.max_gen_toks = int(max_length), int(max_gen_toks)
+    self._generator, self._tokenizer, context = trained.load(source, step, ema, dtype)
+    self.max_length, self.max_gen_toks = int(max_length) or context, int(max_gen_toks)
     self._rows = 8 if batch_size in ("auto", None) else int(batch_size)
 
   @property

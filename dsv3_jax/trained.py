@@ -2,10 +2,24 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv3_jax import config as config_lib
 from dsv3_jax.config import ConfigError
+
+
+class Trained(NamedTuple):
+  """A model to write with.
+
+  Attributes:
+    generator: `infer.generate.Generator`.
+    tokenizer: `data.tokenizer.Tokenizer`.
+    context: tokens that it was trained, or extended by YaRN, to see at once.
+  """
+
+  generator: Any
+  tokenizer: Any
+  context: int
 
 
 def check(source: str | Path, step: int | None = None, ema: bool = False) -> bool:
@@ -28,8 +42,8 @@ def check(source: str | Path, step: int | None = None, ema: bool = False) -> boo
 
 
 def load(source: str | Path, step: int | None = None, ema: bool = False, dtype: str = "float32",
-         cache: str = "") -> tuple[Any, Any]:
-  """A `Generator` and a `Tokenizer`; errors as for `check`.
+         cache: str = "") -> Trained:
+  """Reads a model; errors as for `check`.
 
   Args:
     source: the folder.
@@ -46,15 +60,18 @@ def load(source: str | Path, step: int | None = None, ema: bool = False, dtype: 
   loop.use_compilation_cache()
   if is_run:
     params, buffers, meta = checkpoint.load_params(str(source), step, ema)
-    model = config_lib.from_dict(meta["config"]).model
+    cfg = config_lib.from_dict(meta["config"])
+    model, context = cfg.model, cfg.data.sequence_length
   else:
     from dsv3_jax.interop import huggingface
 
     loaded = huggingface.load(Path(source), dtype)
-    model, (_, params, buffers) = loaded.cfg, state.split(loaded)
-  runtime = config_lib.Runtime(compute_dtype=dtype)
-  return (Generator(model, params, buffers, runtime, cache),
-          Tokenizer.load(str(Path(source) / "tokenizer.json"), model.vocab_size))
+    model, (_, params, buffers), context = loaded.cfg, state.split(loaded), 0
+  yarn, runtime = model.attention.yarn, config_lib.Runtime(compute_dtype=dtype)
+  if yarn.factor > 1 or not context:  # a model folder's max_position_embeddings
+    context = round(yarn.factor * yarn.original_length)
+  return Trained(Generator(model, params, buffers, runtime, cache),
+                 Tokenizer.load(str(Path(source) / "tokenizer.json"), model.vocab_size), context)
 
 
 # --- on a command line

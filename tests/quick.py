@@ -31,6 +31,6 @@ def generation(patch):
   """Lets `infer.decode` compile its functions like this, for a `pytest.MonkeyPatch`."""
   from dsv3_jax.infer import decode
 
-  for name, static in (("prefill", ("fresh",)), ("run", ("most",))):
-    patch.setattr(decode, name, jit(getattr(decode, name).__wrapped__,
-                                    static_argnames=("drafts", "cfg", "runtime", "tops", *static)))
+  for name, static, donated in (("prefill", "fresh", "cache"), ("run", "most", "state")):
+    patch.setattr(decode, name, jit(getattr(decode, name).__wrapped__, donate_argnames=(donated,),
+                                    static_argnames=("drafts", "cfg", "runtime", "tops", static)))

@@ -1,6 +1,7 @@
 """`dsv3 serve`: a model behind OpenAI's API."""
 
 import argparse
+import dataclasses
 import ipaddress
 import os
 import sys
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--tokens", type=int, default=32768, metavar="N",
                       help="that the cache has room for, of all requests (default: %(default)s)")
   parser.add_argument("--longest", type=int, default=0, metavar="N",
-                      help="tokens of one request, prompt and answer (default: all of --tokens)")
+                      help="tokens of one request, prompt and answer (default: as many as the "
+                           "model was trained to see)")
   parser.add_argument("--running", type=int, default=16, metavar="N",
                       help="requests that are answered at once (default: %(default)s)")
   parser.add_argument("--queue", type=int, default=1024, metavar="N",
@@ -58,11 +60,10 @@ def run(args: argparse.Namespace) -> int:
   """Runs the command.
 
   Raises:
-    ConfigError: no model or tokenizer in the folder, a bad setting, a package that is missing, or
-      a port that cannot be had.
+    ConfigError: no model or tokenizer in the folder, a bad setting, or a package that is missing.
   """
   trained.check(args.source, args.step, args.ema)
-  for name in ("timeout", "patience"):
+  for name in ("timeout", "patience", "tokens"):
     if getattr(args, name) <= 0:
       raise ConfigError(f"--{name}={getattr(args, name):g} must be positive")
   if not 0 <= args.port < 65536:
@@ -78,14 +79,20 @@ def run(args: argparse.Namespace) -> int:
   from dsv3_jax.serve.worker import Worker
 
   page = 64
-  settings = Settings(max(1, -(-args.tokens // page)), page, args.longest, args.running, args.chunk,
+  settings = Settings(-(-args.tokens // page), page, args.longest, args.running, args.chunk,
                       queue=args.queue, share=not args.no_sharing)
-  generator, tokenizer = trained.load(args.source, args.step, args.ema, args.dtype, args.cache)
+  generator, tokenizer, context = trained.load(args.source, args.step, args.ema, args.dtype,
+                                               args.cache)
+  if not args.longest:
+    settings = dataclasses.replace(settings, longest=min(context, settings.limit))
   engine = Engine(generator.cfg, generator.weights, settings, generator.runtime,
                   generator.cache_dtype, frozenset({tokenizer.eos}), tokenizer.vocab_size)
   name = args.name or Path(args.source).resolve().name
   key = args.api_key or os.environ.get("DSV3_API_KEY", "")
-  made = app.make(Worker(engine), tokenizer, name, app.Limits(key, seconds=args.timeout))
+  open_to_all = bool(key) or not _loopback(args.host)
+  hosts = () if open_to_all else ("localhost", "127.0.0.1", "::1", args.host)
+  made = app.make(Worker(engine, args.patience), tokenizer, name,
+                  app.Limits(key, seconds=args.timeout, hosts=tuple(dict.fromkeys(hosts))))
   server = uvicorn.Server(uvicorn.Config(
       made, args.host, args.port, log_level="warning", lifespan="on", access_log=False,
       timeout_graceful_shutdown=int(args.patience) or 1))
@@ -98,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
   host, port = socket.getsockname()[:2]
   if not key and not _loopback(args.host):
     print("no key: whoever reaches this address may call; set DSV3_API_KEY", file=sys.stderr)
+  print(f"requests of up to {settings.limit:,} tokens (--longest)", file=sys.stderr)
   print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
   server.run(sockets=[socket])
   return 0

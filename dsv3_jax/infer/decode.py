@@ -75,6 +75,7 @@ def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.
     tops: X, likeliest tokens to give with each one drawn.
     fresh: the cache is empty; drafts want it to be.
   """
+  assert fresh or not drafts
   h_BTD, _, cache = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime, fresh)
   logits_BV = forward_lib.readout(weights, forward_lib.last(h_BTD, new_B), cfg)
   scores_BV = sampler.scores(logits_BV, r, seen_BV, _each(bias))

@@ -11,8 +11,8 @@ time, prompts take turns, and a request joins and leaves the batch between any t
 
 Pages are taken as a request grows. Where none is left the youngest request gives its pages back and
 goes to the head of the queue; it is run again over what it had, much of which its pages may still
-hold, and its draws, which depend on seed and place alone, are the same. The oldest request always
-goes on, so all come to an end.
+hold, and its draws, which depend on seed and place alone, are the same but for rounding. The oldest
+request always goes on, so all come to an end.
 
 Batches are padded to a few sizes, each compiled once. The engine belongs to one thread, which calls
 `step`; `submit` and `Job.cancel` may be called by any.
@@ -103,7 +103,7 @@ class Engine:
   Attributes:
     pages: the cache's pages.
     totals: counts since the start: requests by how they ended ("stop", ...), "prompt" and "new"
-      tokens, "steps", "preempted".
+      tokens, "shared" (of prompts, found in the cache), "steps", "preempted".
   """
 
   def __init__(self, cfg: config.Model, weights: Parameters, settings: Settings = Settings(),
@@ -171,41 +171,58 @@ class Engine:
   # --- the engine's thread
 
   def warm(self, say: Callable[[str], Any] = lambda text: None) -> None:
-    """Compiles what requests without biases and penalties will want; `say` hears of each size."""
-    B, r = 1, sampler.rows([sampler.GREEDY])
+    """Compiles all that requests may want; `say` hears of each size."""
     call: dict[str, Any] = dict(drafts=0, cfg=self.cfg, runtime=self.runtime)
     for fresh in (True, False):
       for tokens in self._chunks():
         say(f"{'first' if fresh else 'later'} chunks of prompts, {tokens} tokens")
         state, _ = decode.prefill(
             self._weights, self._cache([], 1), np.zeros((1, tokens), np.int32),
-            np.zeros(1, np.int32), np.int32(1), None, r, self._bias([], 1), self._ends, **call,
-            fresh=fresh)
+            np.zeros(1, np.int32), np.int32(1), self._seen([], 1),
+            sampler.rows([sampler.GREEDY]), self._bias([], 1), self._ends, **call, fresh=fresh,
+            tops=self._tops)
         self._layers = state.cache.layers
+    B = 1
     while B < 2 * self.settings.running:
       say(f"decoding of {B} requests")
       none_B = np.zeros(B, np.int32)
-      state, _ = decode.run(
-          self._weights, decode.State(self._cache([], B), none_B, none_B, None, None), none_B > 0,
-          sampler.rows([sampler.GREEDY] * B), self._bias([], B), self._ends, np.int32(1),
-          most=self.settings.run, **call)
-      self._layers = state.cache.layers
+      for plain in (True, False):
+        state = decode.State(self._cache([], B), none_B, none_B,
+                             None if plain else self._seen([], B), None)
+        state, _ = decode.run(
+            self._weights, state, none_B > 0, sampler.rows([sampler.GREEDY] * B),
+            self._forbidden_V if plain else self._bias([], B), self._ends, np.int32(1),
+            most=self.settings.run, **call, tops=0 if plain else self._tops)
+        self._layers = state.cache.layers
       B *= 2
 
   def step(self) -> bool:
     """Goes on with everything by a little; False if there was nothing to do.
 
-    What goes wrong in it ends all requests that are under way with the error, and is not raised:
+    What goes wrong in it ends all requests that are under way with an error, and is not raised:
     the next ones find an empty cache.
     """
     try:
       return self._step()
-    except Exception as e:
+    except Exception:
       _log.exception("a step failed; %d requests end", len(self._live()))
       for job in self._live():
-        self._end(job, "error", f"the engine failed: {type(e).__name__}: {e}")
+        self._end(job, "error", "the engine failed; its log has more")
       self._reset()
       return True
+
+  def abandon(self, error: str) -> None:
+    """Takes no more requests, and ends all there are with this error: where `step` cannot go on."""
+    self.close()
+    with self._lock:
+      waiting = [*self._inbox, *self._waiting]
+      self._inbox.clear()
+      self._waiting.clear()
+    live = self._live()
+    self._prompts.clear()
+    self._writing.clear()
+    for job in (*live, *waiting):
+      self._end(job, "error", error)
 
   def _live(self) -> list[Job]:
     """All that have pages, oldest first."""
@@ -216,6 +233,7 @@ class Engine:
     self.pages = Pages(s.pages, s.page_size, s.share)
     self._prompts.clear()
     self._writing.clear()
+    self._layers = ()  # two caches at once may be more than there is room for
     plain = config.replace(self.cfg, mtp_depth=0)  # no drafts, so no layers for their modules
     self._layers = cache_lib.make_paged(plain, 1, s.pages, s.page_size, 1, self._dtype).layers
 
@@ -240,7 +258,9 @@ class Engine:
     size = self.settings.page_size
     while self._waiting and len(self._prompts) + len(self._writing) < self.settings.running:
       job, whole = self._waiting[0], self._waiting[0].whole
-      job.pages = self.pages.find(whole)
+      self._name(job)
+      # The last token must be run for what comes after it.
+      job.pages = self.pages.find(job.names[:(len(whole) - 1) // size])
       # One page more for each that writes: what is admitted should not be thrown out at once.
       need = len(whole) // size + 1 - len(job.pages)
       taken = self.pages.take(need) if self.pages.free >= need + len(self._writing) else None
@@ -254,12 +274,14 @@ class Engine:
       job.written = job.published = len(job.pages)
       job.written *= size
       job.pages += taken
-      job.names = self.pages.names(whole)
+      self.totals["shared"] += job.written
       self._waiting.popleft()
       self._prompts.append(job)
 
   def _read(self, job: Job) -> None:
     """Runs a chunk of a prompt; draws a token after the last one."""
+    if not self._set_bias(job):
+      return
     whole, chunk = job.whole, self.settings.chunk
     part = whole[job.written:job.written + chunk]
     done = job.written + len(part) == len(whole)
@@ -271,7 +293,7 @@ class Engine:
         self._weights, cache, tokens_1T, np.array([len(part)], np.int32), np.int32(job.left),
         self._seen([job], 1), sampler.rows([job.request.sampling]), self._bias([job], 1),
         self._ends, drafts=0, cfg=self.cfg, runtime=self.runtime,
-        tops=self._tops if done and job.request.tops else 0, fresh=job.written == 0)
+        tops=self._tops, fresh=job.written == 0)
     self._layers = state.cache.layers
     job.written += len(part)
     self.totals["prompt"] += len(part)
@@ -290,21 +312,23 @@ class Engine:
     if self._prompts or any(job.stepwise for job in self._writing):
       run = 1
     self._grow(run)
-    jobs = list(self._writing)
+    jobs = [job for job in list(self._writing) if self._set_bias(job)]
     if not jobs:
       return
+    plain = all(job.plain for job in jobs)
     B = 1
     while B < len(jobs):
       B *= 2
     column = lambda values, dtype: np.array([*values, *[0] * (B - len(jobs))], dtype)
     left_B = column([job.left for job in jobs], np.int32)
     state = decode.State(self._cache(jobs, B), column([j.tokens[-1] for j in jobs], np.int32),
-                         left_B, self._seen(jobs, B), None)
+                         left_B, None if plain else self._seen(jobs, B), None)
     settings = [job.request.sampling for job in jobs] + [sampler.GREEDY] * (B - len(jobs))
     state, new = decode.run(
-        self._weights, state, left_B > 0, sampler.rows(settings), self._bias(jobs, B), self._ends,
-        np.int32(run), most=self.settings.run, drafts=0, cfg=self.cfg, runtime=self.runtime,
-        tops=self._tops if any(job.request.tops for job in jobs) else 0)
+        self._weights, state, left_B > 0, sampler.rows(settings),
+        self._forbidden_V if plain else self._bias(jobs, B), self._ends, np.int32(run),
+        most=self.settings.run, drafts=0, cfg=self.cfg, runtime=self.runtime,
+        tops=0 if plain else self._tops)
     self._layers = state.cache.layers
     self._deliver(jobs, new)
 
@@ -334,14 +358,18 @@ class Engine:
         np.asarray(x) if i == 0 else np.asarray(x)[:, :, 0] for i, x in enumerate(new))
     now = time.monotonic()
     for b, job in enumerate(jobs):
-      fresh, finish = [], ""
+      fresh, finish, error = [], "", ""
       for n in range(int(count_NB[:, b].sum())):
         token = int(tokens_NB[n, b])
         if token in self._stop or token in job.request.stop:
           finish = "stop"
           break
         if job.constraint is not None:
-          job.constraint.take(token)
+          try:
+            job.constraint.take(token)
+          except Exception as e:
+            finish, error = "error", f"the constraint failed: {e}"
+            break
         tops = tuple(zip(tops_NBX[n, b].tolist(), top_logprobs_NBX[n, b].tolist(),
                          strict=True))[:job.request.tops]
         fresh.append(Token(token, float(logprobs_NB[n, b]), tops))
@@ -355,7 +383,7 @@ class Engine:
         job.first = now
       if finish:
         self._leave(job)
-        self._end(job, finish, tokens=tuple(fresh))
+        self._end(job, finish, error, tuple(fresh))
       elif fresh:
         self._publish(job)
         self._say(job, Event(tuple(fresh)))
@@ -364,10 +392,28 @@ class Engine:
     """Lets others find the pages that were filled."""
     full = job.written // self.settings.page_size
     if full > len(job.names):
-      job.names = self.pages.names(job.whole)
+      self._name(job)
     for i in range(job.published, full):
       self.pages.publish(job.pages[i], job.names[i])
     job.published = max(job.published, full)
+
+  def _name(self, job: Job) -> None:
+    """Makes the names of its full pages, unless it has them."""
+    whole = job.whole
+    if job.named < len(whole):
+      job.names, job.named = self.pages.names(whole), len(whole)
+
+  def _set_bias(self, job: Job) -> bool:
+    """Makes the job's bias for its next token; ends it, and returns False, if that fails."""
+    if job.plain:
+      return True
+    try:
+      job.set_bias(self.cfg.vocab_size)
+      return True
+    except Exception as e:  # its own constraint's: the others go on
+      self._leave(job)
+      self._end(job, "error", f"the constraint failed: {e}")
+      return False
 
   def _leave(self, job: Job) -> None:
     """Takes a job out of whatever it is in, and its pages from it."""
@@ -406,19 +452,18 @@ class Engine:
       lengths_B[b] = job.written
     return Cache(self._layers, lengths_B, pages_BN)
 
-  def _seen(self, jobs: list[Job], B: int) -> np.ndarray | None:
-    if all(job.request.sampling.repetition_penalty == 1 for job in jobs):
-      return None
+  def _seen(self, jobs: list[Job], B: int) -> np.ndarray:
     seen_BV = np.zeros((B, self.cfg.vocab_size), bool)
     for b, job in enumerate(jobs):
-      seen_BV[b, job.whole] = True
+      if job.request.sampling.repetition_penalty != 1:
+        seen_BV[b, job.whole] = True
     return seen_BV
 
-  def _bias(self, jobs: list[Job], B: int) -> np.ndarray | None:
-    if not any(job.biased for job in jobs):
-      return self._forbidden_V
+  def _bias(self, jobs: list[Job], B: int) -> np.ndarray:
     bias_BV = np.zeros((B, self.cfg.vocab_size), np.float32)
+    if self._forbidden_V is not None:
+      bias_BV += self._forbidden_V
     for b, job in enumerate(jobs):
-      if job.biased:
-        bias_BV[b] = job.bias_V(self.cfg.vocab_size)
-    return bias_BV if self._forbidden_V is None else bias_BV + self._forbidden_V
+      if job.bias_V is not None:
+        bias_BV[b] += job.bias_V
+    return bias_BV

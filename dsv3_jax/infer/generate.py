@@ -86,7 +86,8 @@ class Generator:
       bias_V: added to the logits, -inf forbids a token; None: nothing.
       on_tokens: called with a row's number and its newest tokens, as they come; True ends the row.
       drafts: tokens that the MTP modules draft in each round (speculative decoding); the greedy
-        tokens are the same, and others are drawn from the same distribution.
+        tokens are the same (but where rounding decides between two), and others are drawn from the
+        same distribution.
 
     Raises:
       ConfigError: no prompt, an empty one, a token outside the vocabulary, no step, another number

@@ -24,9 +24,6 @@ class Pages:
     size: tokens a page.
     share: whether full pages are found again by their tokens.
 
-  Attributes:
-    found, asked: tokens of prompts that were found in pages, and all that were looked for.
-
   Raises:
     ConfigError: no page, or pages without room.
   """
@@ -35,7 +32,6 @@ class Pages:
     if count < 1 or size < 1:
       raise ConfigError(f"pages={count} of page_size={size} tokens: both must be at least 1")
     self.count, self.size = count, size
-    self.found = self.asked = 0
     self._share = share
     self._users = [0] * count
     self._blank = list(range(count - 1, -1, -1))  # hold nothing
@@ -57,14 +53,10 @@ class Pages:
       found.append(name)
     return found
 
-  def find(self, tokens: Sequence[int]) -> list[int]:
-    """Takes the pages that hold the beginning of `tokens`, at least one token short of all: the
-    last one must be run for what comes after it."""
-    self.asked += len(tokens)
+  def find(self, names: Sequence[bytes]) -> list[int]:
+    """Takes the known pages at the beginning of a sequence, given the names of its pages."""
     found: list[int] = []
-    if not self._share:
-      return found
-    for name in self.names(tokens[:len(tokens) - 1]):
+    for name in names if self._share else ():
       page = self._known.get(name)
       if page is None:
         break
@@ -72,7 +64,6 @@ class Pages:
     for page in found:
       self._idle.pop(page, None)
       self._users[page] += 1
-    self.found += len(found) * self.size
     return found
 
   def take(self, count: int) -> list[int] | None:

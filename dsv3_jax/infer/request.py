@@ -16,7 +16,7 @@ TOPS = 20  # most alternatives that are given with a token
 
 
 class Constraint(Protocol):
-  """Which tokens may come next; one object a request."""
+  """Which tokens may come next; one object a request. What it raises ends that request."""
 
   def allowed(self) -> np.ndarray:
     """bool [V]."""
@@ -136,7 +136,10 @@ class Job:
     self.pages: list[int] = []
     self.written = 0  # tokens in the cache
     self.published = 0  # pages that others may find
-    self.names: list[bytes] = []
+    self.names: list[bytes] = []  # of its full pages, of `named` tokens
+    self.named = 0
+    self.bias_V: np.ndarray | None = None  # fp32 [V], what is added to its next logits
+    self._fixed_V: np.ndarray | None = None
     self.constraint = request.constraint() if request.constraint else None
 
   @property
@@ -156,20 +159,26 @@ class Job:
     return bool(self.constraint or r.presence or r.frequency)
 
   @property
-  def biased(self) -> bool:
-    return bool(self.request.bias) or self.stepwise
+  def plain(self) -> bool:
+    """Whether logits alone, a temperature and truncation decide, and no alternatives are told."""
+    r = self.request
+    return not (r.bias or self.stepwise or r.tops or r.sampling.repetition_penalty != 1)
 
-  def bias_V(self, V: int) -> np.ndarray:
-    """fp32 [V], what is added to its next logits."""
-    r, made = self.request, np.zeros(V, np.float32)
-    for token, value in r.bias:
-      made[token] += value
-    if self.tokens and (r.presence or r.frequency):
-      times = np.bincount(self.tokens, minlength=V)
-      made -= r.frequency * times + r.presence * (times > 0)
-    if self.constraint is not None:
-      made[~self.constraint.allowed()] = -np.inf
-    return made
+  def set_bias(self, V: int) -> None:
+    """Makes `bias_V` for the token that is next."""
+    r = self.request
+    if self._fixed_V is None:
+      self._fixed_V = np.zeros(V, np.float32)
+      for token, value in r.bias:
+        self._fixed_V[token] += value
+    self.bias_V = self._fixed_V
+    if self.stepwise:
+      self.bias_V = self._fixed_V.copy()
+      if self.tokens and (r.presence or r.frequency):
+        times = np.bincount(self.tokens, minlength=V)
+        self.bias_V -= r.frequency * times + r.presence * (times > 0)
+      if self.constraint is not None:
+        self.bias_V[~self.constraint.allowed()] = -np.inf
 
   def cancel(self, finish: str = "cancelled") -> None:
     """Ends it before its time, with this `finish`; from any thread."""

@@ -31,11 +31,13 @@ class Sampling:
       if not ok:
         raise ConfigError(f"{name}={getattr(self, name)} must {what}")
 
-    need(0 <= self.temperature < float("inf"), "temperature", "not be negative")
-    need(self.top_k >= 0, "top_k", "not be negative")
-    need(0 < self.top_p <= 1, "top_p", "lie in (0, 1]")
+    # Bounds keep the arithmetic, which is fp32, away from 0 and infinity.
+    need(self.temperature == 0 or 1e-3 <= self.temperature <= 100, "temperature",
+         "be 0 or lie between 0.001 and 100")
+    need(0 <= self.top_k < 2**31, "top_k", "not be negative, and be less than 2^31")
+    need(1e-6 <= self.top_p <= 1, "top_p", "lie between 1e-6 and 1")
     need(0 <= self.min_p <= 1, "min_p", "lie between 0 and 1")
-    need(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "be positive")
+    need(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "lie between 0.01 and 100")
     need(0 <= self.seed < 2**32, "seed", "lie between 0 and 2^32 - 1")
 
 

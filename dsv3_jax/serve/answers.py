@@ -79,7 +79,10 @@ def text_logprobs(tokens: list[Token], tokenizer: Tokenizer, offset: int) -> dic
   for token in tokens:
     found["tokens"].append(tokenizer.decode([token.id]))
     found["token_logprobs"].append(token.logprob)
-    found["top_logprobs"].append({tokenizer.decode([t]): p for t, p in token.tops})
+    tops: dict[str, float] = {}
+    for t, p in (*token.tops, (token.id, token.logprob)):  # the likeliest of one spelling
+      tops.setdefault(tokenizer.decode([t]), p)
+    found["top_logprobs"].append(tops)
     found["text_offset"].append(offset)
     offset += len(found["tokens"][-1])
   return found

@@ -11,6 +11,7 @@ import hmac
 import json
 import logging
 import time
+import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
@@ -32,6 +33,7 @@ from dsv3_jax.serve.worker import Answer, Worker
 
 _log = logging.getLogger(__name__)
 _DONE = "data: [DONE]\n\n"
+_FAULT = "a fault of the server's; its log has more"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,14 @@ class Limits:
     key: that calls must bear; "": none.
     body: bytes of a call.
     seconds: a call may take, from its first byte to the last one that the client read.
+    hosts: names under which the server may be called; (): any. A page of another site, which a
+      browser lets send calls to a local server, is refused by its Origin in any case.
   """
 
   key: str = ""
   body: int = 2**20
   seconds: float = 600.0
+  hosts: tuple[str, ...] = ()
 
 
 class Refused(Exception):
@@ -94,18 +99,31 @@ def make(worker: Worker, tokenizer: Tokenizer, name: str, limits: Limits = Limit
       lifespan=lifespan,
       exception_handlers={Refused: _refused, HTTPException: _http_error,
                           ClientDisconnect: _gone, Exception: _failed})
-  return _Timed(app, limits.seconds)
+  return _Guarded(app, limits)
 
 
-class _Timed:
-  """Ends what takes too long, also where the client does not read."""
+class _Guarded:
+  """Refuses strangers; ends what takes too long, also where the client does not read."""
 
-  def __init__(self, app: Any, seconds: float):
-    self._app, self._seconds = app, seconds
+  def __init__(self, app: Any, limits: Limits):
+    self._app, self._limits, self._seconds = app, limits, limits.seconds
+
+  def _stranger(self, request: Request) -> str:
+    """Why the call is not from where it should be, or nothing."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if self._limits.hosts and request.url.hostname not in self._limits.hosts:
+      return f"this server is not called {host!r}; it is {' or '.join(self._limits.hosts)}"
+    if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+      return f"pages of {origin} may not call this server"
+    return ""
 
   async def __call__(self, scope, receive, send) -> None:
     if scope["type"] != "http":
       return await self._app(scope, receive, send)
+    why = self._stranger(Request(scope))
+    if why:
+      refusal = JSONResponse(answers.error(why, "permission_error"), 403)
+      return await refusal(scope, receive, send)
     began = False
 
     async def noticing(message) -> None:
@@ -163,7 +181,7 @@ class _Server:
 
   async def completions(self, request: Request) -> Response:
     body = await self._body(request)
-    call = _read(self._reader.completion, body)
+    call = await asyncio.to_thread(_read, self._reader.completion, body)
 
     def choice(piece: Piece, head: str, whole: bool, offset: int | None) -> dict[str, Any]:
       made = {"text": head + piece.text, "finish_reason": piece.finish, "logprobs": None}
@@ -177,7 +195,7 @@ class _Server:
 
   async def chat(self, request: Request) -> Response:
     body = await self._body(request)
-    call = _read(self._reader.chat, body)
+    call = await asyncio.to_thread(_read, self._reader.chat, body)
 
     def choice(piece: Piece, head: str, whole: bool, offset: int | None) -> dict[str, Any]:
       said: dict[str, Any] = {"content": piece.text}
@@ -194,10 +212,20 @@ class _Server:
 
   async def _answer(self, request: Request, call: Call, form: _Form) -> Response:
     jobs: list[Answer] = []
-    try:
+    loop = asyncio.get_running_loop()
+
+    left = False
+
+    def submit() -> None:
       for one in call.requests:
-        jobs.append(self._worker.submit(one))
-    except Exception as e:
+        jobs.append(self._worker.submit(one, loop))
+        if left:
+          return _cancel(jobs)
+
+    try:
+      await asyncio.to_thread(submit)  # constraints take time to set up
+    except BaseException as e:
+      left = True
       _cancel(jobs)
       if isinstance(e, ValueError):
         raise Refused(400, str(e)) from None
@@ -209,9 +237,7 @@ class _Server:
     base = {"id": f"{form.id}-{uuid.uuid4().hex}", "created": int(time.time()),
             "model": self._name}
     if call.stream:
-      return StreamingResponse(self._stream(call, form, base, jobs),
-                               media_type="text/event-stream",
-                               headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+      return _Streamed(self._stream(call, form, base, jobs), jobs)
     try:
       pieces = await _unless_gone(request, asyncio.gather(
           *(self._whole(call, job) for job in jobs)))
@@ -247,19 +273,23 @@ class _Server:
 
     async def follow(i: int, job: Answer) -> None:
       choice = Choice(self._tokenizer, call.stop)
-      async for event in job:
-        piece = choice.take(event)
-        counts[i] = choice.count
-        if choice.error:
-          return await news.put((i, None, choice.error))
-        await news.put((i, piece, ""))
-        if piece.finish:
-          job.cancel(piece.finish)
-          return self._metrics.ended(job.job)
+      try:
+        async for event in job:
+          piece = choice.take(event)
+          counts[i] = choice.count
+          if choice.error:
+            return await news.put((i, None, choice.error))
+          await news.put((i, piece, ""))
+          if piece.finish:
+            job.cancel(piece.finish)
+            return self._metrics.ended(job.job)
+      except Exception:
+        _log.exception("a stream failed")
+        await news.put((i, None, _FAULT))
 
     followers = [asyncio.ensure_future(follow(i, job)) for i, job in enumerate(jobs)]
     try:
-      offsets: list[int | None] = [None] * len(jobs)  # characters sent; None: nothing yet
+      offsets: list[int | None] = [None] * len(jobs)  # characters of all tokens; None: none sent
       left = len(jobs)
       while left:
         i, piece, error = await news.get()
@@ -271,13 +301,13 @@ class _Server:
           continue
         head = call.heads[i] if offsets[i] is None else ""
         made = form.choice(piece, head, False, offsets[i])
-        offsets[i] = (offsets[i] or 0) + len(head + piece.text)
+        offsets[i] = (offsets[i] or 0) + len(head) + sum(
+            len(self._tokenizer.decode([t.id])) for t in piece.tokens)
         yield _line({**base, "choices": [{"index": i, **made}]})
       if call.usage:
         yield _line({**base, "choices": [], "usage": _usage(call, counts)})
       yield _DONE
     finally:
-      _cancel(jobs)
       for follower in followers:
         follower.cancel()
 
@@ -286,8 +316,9 @@ class _Server:
   def _admit(self, request: Request) -> None:
     if not self._limits.key:
       return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode(), self._limits.key.encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(given.strip().encode("latin-1"), self._limits.key.encode())
+    if scheme.lower() != "bearer" or not right:
       raise Refused(401, "this server wants a key: send the header Authorization: Bearer KEY",
                     "authentication_error", code="invalid_api_key")
 
@@ -304,9 +335,24 @@ class _Server:
       data += part
       if len(data) > self._limits.body:
         raise Refused(413, f"the body is longer than {self._limits.body} bytes")
-    body = _read(bodies.parse, data)
+    body = await asyncio.to_thread(_read, bodies.parse, data)
     self._named(body.get("model"))
     return body
+
+
+class _Streamed(StreamingResponse):
+  """Server-sent events; their jobs are cancelled also where the client left before the first."""
+
+  def __init__(self, lines: AsyncIterator[str], jobs: list[Answer]):
+    super().__init__(lines, media_type="text/event-stream",
+                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    self._jobs = jobs
+
+  async def __call__(self, scope, receive, send) -> None:
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      _cancel(self._jobs)
 
 
 def _read(reader: Callable[[Any], Any], value: Any) -> Any:
@@ -344,7 +390,7 @@ def _usage(call: Call, counts: list[int]) -> dict[str, int]:
 
 
 def _line(value: dict[str, Any]) -> str:
-  return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+  return f"data: {json.dumps(value)}\n\n"  # ASCII: some clients take U+2028 for a line's end
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -366,5 +412,4 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
   _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-  message = f"{type(error).__name__}: {error}"
-  return JSONResponse(answers.error(message, "server_error"), 500)
+  return JSONResponse(answers.error(_FAULT, "server_error"), 500)

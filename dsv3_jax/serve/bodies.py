@@ -6,7 +6,6 @@ nobody believes in an option that does nothing. The few that say who asks are le
 
 import dataclasses
 import json
-import math
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from dsv3_jax.serve import grammar
 
 CHOICES = 64  # most completions of one call, prompts times n
 STOPS = 16
+BIASES = 1024  # entries of logit_bias
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier",
                       "prompt_cache_key", "prompt_cache_retention"})
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -74,10 +74,14 @@ def parse(data: bytes) -> dict[str, Any]:
     body = json.loads(data.decode("utf-8"))
   except UnicodeDecodeError as e:
     raise BadRequest(f"the body is not UTF-8: {e.reason} at byte {e.start}") from None
-  except (json.JSONDecodeError, RecursionError) as e:
+  except (ValueError, RecursionError) as e:  # also of numbers with thousands of digits
     raise BadRequest(f"the body is not JSON: {e}") from None
   if not isinstance(body, dict):
     raise BadRequest(f"the body is a JSON {type(body).__name__}; send an object")
+  try:
+    json.dumps(body, ensure_ascii=False).encode()
+  except UnicodeEncodeError as e:
+    raise BadRequest(f"the body holds half a character (a lone surrogate): {e.reason}") from None
   return body
 
 
@@ -92,6 +96,7 @@ class Reader:
 
   def __init__(self, tokenizer: Tokenizer, vocab_size: int, limit: int):
     self._tokenizer, self._limit = tokenizer, limit
+    self._longest = int(tokenizer.token_bytes_V.max())  # bytes of a token
     self._grammars = grammar.Grammars(tokenizer, vocab_size)
 
   def completion(self, body: dict[str, Any]) -> Call:
@@ -104,7 +109,7 @@ class Reader:
       raise BadRequest("logprobs of an echoed prompt are not computed; leave out echo or logprobs",
                        "echo")
     best = body.get("best_of")
-    if best is not None and best != body.get("n", 1):
+    if best is not None and best != (1 if body.get("n") is None else body["n"]):
       raise BadRequest(f"best_of={best!r} must equal n: completions are not ranked", "best_of")
     return self._call(body, prompts, 16, tops, texts if echo else None)
 
@@ -112,7 +117,12 @@ class Reader:
     """A body of /v1/chat/completions."""
     _known(body, "chat")
     try:
-      prompt = chat.prompt(_plain(body.get("messages")), self._tokenizer)
+      messages = _plain(body.get("messages"))
+      chat.check(messages)
+      self._short(*(m["content"] for m in messages))
+      prompt = chat.prompt(messages, self._tokenizer)
+    except BadRequest:
+      raise
     except ConfigError as e:
       raise BadRequest(str(e), "messages") from None
     wants = _flag(body, "logprobs")
@@ -147,8 +157,9 @@ class Reader:
       raise BadRequest(f"stream_options={options!r}: an object with include_usage is understood",
                        "stream_options")
     most = _number(body, "max_tokens", default, 1, 2**31, int)
-    drawn = {name: _number(body, name, value, -math.inf, math.inf, type(value))
+    drawn = {name: _number(body, name, value, -2**31, 2**31, type(value))
              for name, value in _SAMPLING.items()}
+    drawn["top_p"] = drawn["top_p"] or 1e-6  # 0 stands for the likeliest token elsewhere
     seed = _number(body, "seed", None, -2**63, 2**63, int)
     seed = secrets.randbits(32) if seed is None else seed
     constraint = self._constraint(body)
@@ -170,7 +181,8 @@ class Reader:
 
   def _prompts(self, body) -> tuple[list[list[int]], list[str]]:
     """Token ids of each prompt, and their texts."""
-    prompt, tokenizer = body.get("prompt", ""), self._tokenizer
+    prompt, tokenizer = body.get("prompt"), self._tokenizer
+    prompt = "" if prompt is None else prompt
     suffix = body.get("suffix")
     if suffix is not None and not isinstance(suffix, str):
       raise BadRequest(f"suffix={suffix!r} must be a string", "suffix")
@@ -181,6 +193,7 @@ class Reader:
       raise BadRequest("prompt must be a string, a list of token ids, or a list of these", "prompt")
     found, texts = [], []
     for p in prompt:
+      self._short(p if isinstance(p, str) else "", suffix or "")
       ids = tokenizer.encode(p) if isinstance(p, str) else p
       if suffix is not None:
         ids = fim.prompt(ids, tokenizer.encode(suffix), tokenizer)
@@ -193,15 +206,26 @@ class Reader:
       texts.append(p if isinstance(p, str) else tokenizer.decode(p))
     return found, texts
 
+  def _short(self, *texts: str) -> None:
+    """Refuses what cannot fit, before time is spent on its tokens."""
+    size = sum(len(t.encode()) for t in texts)
+    if size > self._limit * self._longest:
+      raise BadRequest(f"the prompt's {size} bytes are more than the {self._limit} tokens that a "
+                       "request may have")
+
   def _bias(self, body) -> list[tuple[int, float]]:
     bias = body.get("logit_bias")
     if bias is None:
       return []
     try:
       found = [(int(token), float(value)) for token, value in bias.items()]
-    except (AttributeError, TypeError, ValueError):
-      raise BadRequest(f"logit_bias={bias!r} must be an object of token ids to numbers",
-                       "logit_bias") from None
+      right = len(found) <= BIASES and all(str(t) == given for (t, _), given in zip(
+          found, bias, strict=True))
+    except (AttributeError, TypeError, ValueError, OverflowError):
+      right = False
+    if not right:
+      raise BadRequest(f"logit_bias must be an object of at most {BIASES} token ids to numbers",
+                       "logit_bias")
     for token, value in found:
       if not (0 <= token < self._tokenizer.vocab_size and -100 <= value <= 100):
         raise BadRequest(f"logit_bias of token {token} is {value}: tokens lie below "
@@ -248,6 +272,9 @@ def _plain(messages: Any) -> Any:
         message = {**message, "content": "".join(p["text"] for p in content)}
       if message.get("role") == "developer":
         message = {**message, "role": "system"}
+      unknown = {k for k, v in message.items() if v is not None} - {"role", "content", "name"}
+      if unknown:
+        raise ConfigError(f"messages[{i}] has {min(unknown)!r}, which is not understood here")
     found.append(message)
   return found
 
@@ -257,12 +284,12 @@ def _number(body: dict[str, Any], key: str, default: Any, least: float, most: fl
   value = body.get(key)
   if value is None:
     return default
-  finite = (isinstance(value, int | float) and not isinstance(value, bool)
-            and math.isfinite(value))
-  if not finite or (kind is int and value != int(value)) or not least <= value <= most:
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  # The comparison comes first: it refuses what has no int() or float().
+  if not number or not least <= value <= most or (kind is int and value != int(value)):
     what = "an integer" if kind is int else "a number"
-    between = f" between {least:g} and {most:g}" if math.isfinite(least + most) else ""
-    raise BadRequest(f"{key}={value!r} must be {what}{between}", key)
+    given = repr(value) if len(repr(value)) < 100 else "..."
+    raise BadRequest(f"{key}={given} must be {what} between {least:g} and {most:g}", key)
   return kind(value)
 
 

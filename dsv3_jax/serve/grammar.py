@@ -10,6 +10,8 @@ import numpy as np
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
 
+LONGEST = 4096, 65536  # characters of a regular expression, and of a schema
+
 
 class Grammars:
   """Makes constraints over a tokenizer's tokens.
@@ -28,8 +30,8 @@ class Grammars:
     Raises:
       ConfigError: not a regular expression, or llguidance is not installed.
     """
-    if not isinstance(pattern, str):
-      raise ConfigError(f"regex={pattern!r} must be a string")
+    if not isinstance(pattern, str) or len(pattern) > LONGEST[0]:
+      raise ConfigError(f"regex must be a string of at most {LONGEST[0]} characters")
     return self._made(_library().LLMatcher.grammar_from_regex(pattern), "regex")
 
   def response_format(self, form: Any) -> Callable[[], "Matcher"] | None:
@@ -50,8 +52,10 @@ class Grammars:
         raise ConfigError("response_format.json_schema.schema must be an object")
     else:
       raise ConfigError(f"response_format={form!r}: type must be text, json_object or json_schema")
-    made = _library().LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    return self._made(made, "response_format")
+    text = json.dumps(schema)
+    if len(text) > LONGEST[1]:
+      raise ConfigError(f"response_format: the schema has more than {LONGEST[1]} characters")
+    return self._made(_library().LLMatcher.grammar_from_json_schema(text), "response_format")
 
   @functools.cached_property
   def _tokens(self) -> Any:
@@ -73,24 +77,31 @@ class Grammars:
     wrong = _library().LLMatcher.validate_grammar(grammar, self._tokens)
     if wrong and not wrong.startswith("WARNING"):
       raise ConfigError(f"{name}: {wrong.splitlines()[0]}")
-    return lambda: Matcher(self._tokens, grammar, self._size)
+    first = _library().LLMatcher(self._tokens, grammar)
+    return lambda: Matcher(first.deep_copy(), self._size)
 
 
 class Matcher:
   """How far a text has come in a grammar; a `Constraint` of the engine."""
 
-  def __init__(self, tokens: Any, grammar: str, vocab_size: int):
-    self._matcher, self._size = _library().LLMatcher(tokens, grammar), vocab_size
+  def __init__(self, matcher: Any, vocab_size: int):
+    self._matcher, self._size = matcher, vocab_size
 
   def allowed(self) -> np.ndarray:
-    """bool [V]; a text that is complete may only end."""
+    """bool [V]; a text that is complete may only end.
+
+    Raises:
+      RuntimeError: the grammar is too much for the library.
+    """
     bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+    if self._matcher.is_error():  # it would let the text end anywhere
+      raise RuntimeError(self._matcher.get_error().partition("\n")[0])
     return np.unpackbits(bits, bitorder="little")[:self._size].astype(bool)
 
   def take(self, token: int) -> None:
     """Raises RuntimeError where the grammar does not allow the token."""
     if not self._matcher.consume_token(token):
-      raise RuntimeError(f"token {token}: {self._matcher.get_error()}")
+      raise RuntimeError(self._matcher.get_error().partition("\n")[0])
 
 
 def _library() -> Any:

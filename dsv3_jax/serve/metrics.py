@@ -60,7 +60,7 @@ class _Engine:
     for name, text, value in (
         ("prompt_tokens", "Tokens of prompts that were run", totals["prompt"]),
         ("generated_tokens", "Tokens that were written", totals["new"]),
-        ("shared_tokens", "Tokens of prompts that were found in the cache", engine.pages.found),
+        ("shared_tokens", "Tokens of prompts that were found in the cache", totals["shared"]),
         ("preemptions", "Times that a request had to give its pages back", totals["preempted"]),
         ("engine_steps", "Steps of the engine", totals["steps"])):
       yield CounterMetricFamily(f"dsv3_{name}", text, value=value)

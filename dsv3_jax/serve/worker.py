@@ -1,24 +1,30 @@
 """The engine in a thread of its own, and its events in asyncio."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator
 
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.request import Event, Request
 
+_log = logging.getLogger(__name__)
 _NAP = 0.5  # seconds between two looks for the end
 
 
 class Worker:
   """Runs an engine until it is closed and everything is answered.
 
+  Args:
+    engine: not yet stepped.
+    patience: seconds that `stop` waits for answers that are under way.
+
   Attributes:
     engine: the engine, which this thread alone steps.
   """
 
-  def __init__(self, engine: Engine):
-    self.engine = engine
+  def __init__(self, engine: Engine, patience: float = 10.0):
+    self.engine, self._patience = engine, patience
     self._end = threading.Event()
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -30,30 +36,35 @@ class Worker:
   def start(self) -> None:
     self._thread.start()
 
-  def stop(self, patience: float = 10.0) -> None:
-    """Takes no more requests, and returns when those that are there are answered, or after
-    `patience` seconds."""
+  def stop(self) -> None:
+    """Takes no more requests, and returns when those that are there are answered, or when patience
+    is at its end."""
     self.engine.close()
     self._end.set()
-    self._thread.join(patience)
+    self._thread.join(self._patience)
 
   def _run(self) -> None:
-    while True:
-      if not self.engine.step():
-        if self._end.is_set():
-          return
-        self.engine.wait(_NAP)
+    try:
+      while True:
+        ends = self._end.is_set()  # before the step, which so sees all that came in time
+        if not self.engine.step():
+          if ends:
+            return
+          self.engine.wait(_NAP)
+    except BaseException:
+      _log.exception("the engine has ended")
+      self.engine.abandon("the engine has ended; its log has more")
 
-  def submit(self, request: Request) -> "Answer":
-    """Hands a request to the engine, from the event loop's thread; errors as `Engine.submit`'s."""
-    return Answer(self.engine, request)
+  def submit(self, request: Request, loop: asyncio.AbstractEventLoop) -> "Answer":
+    """Hands a request to the engine, from any thread; errors as `Engine.submit`'s."""
+    return Answer(self.engine, request, loop)
 
 
 class Answer:
   """Events of one request, as an asynchronous iterator; the last one has `finish`."""
 
-  def __init__(self, engine: Engine, request: Request):
-    loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+  def __init__(self, engine: Engine, request: Request, loop: asyncio.AbstractEventLoop):
+    self._events = asyncio.Queue[Event]()
 
     def tell(event: Event) -> None:
       try:

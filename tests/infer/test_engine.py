@@ -81,7 +81,7 @@ def test_each_equals_its_solo_run(generator, share):
       made.step()
   finish(made)
   assert made.totals["preempted"] > 0  # the pool was too small for all
-  assert (made.pages.found > 0) == share
+  assert (made.totals["shared"] > 0) == share
   for request, job, events in asked:
     expected, = generator([request.prompt], request.most, request.sampling, stop=request.stop)
     assert written(events) == expected.tokens == job.tokens
@@ -154,6 +154,37 @@ def test_constraint(generator):
   assert [t % 2 for t in written(events)] == [0, 1] * 4 + [0] and job.constraint.seen == job.tokens
 
 
+@pytest.mark.parametrize("method", ["allowed", "take"])
+def test_a_failing_constraint(generator, method):
+  """Law: it ends its own request with its error, and no other."""
+  class Fails:
+    def allowed(self):
+      if method == "allowed":
+        raise ValueError("out of fuel")
+      return np.ones(V, bool)
+
+    def take(self, token):
+      raise ValueError("out of fuel")
+
+  made = engine(generator)
+  _, other = ask(made, Request((3, 1), 9))
+  _, events = ask(made, Request((3, 1), 9, constraint=Fails))
+  finish(made)
+  assert events[-1].finish == "error" and "out of fuel" in events[-1].error
+  assert len(written(other)) == 9 and other[-1].finish == "length"
+
+
+def test_abandoned(generator):
+  """Law: an engine that cannot go on ends what waits too, and takes no more."""
+  made = engine(generator, running=1)
+  asked = [ask(made, Request((1, 2), 9))[1] for _ in range(3)]
+  made.step()
+  made.abandon("no engine")
+  assert [events[-1].error for events in asked] == ["no engine"] * 3
+  with pytest.raises(Closed):
+    ask(made, Request((1,), 2))
+
+
 def test_cancelled(generator):
   """Law: a request that is cancelled, waiting, reading or writing, ends and leaves nothing."""
   made = engine(generator, running=2)
@@ -182,7 +213,8 @@ def test_a_failing_step_and_a_failing_listener(generator, monkeypatch, caplog):
   with monkeypatch.context() as patch:
     patch.setattr(decode, "run", fails)
     quick_run = made.step()
-  assert quick_run and first[-1].finish == "error" and "no memory" in first[-1].error
+  assert quick_run and first[-1].finish == "error" and "no memory" not in first[-1].error
+  assert "no memory" in caplog.text
   finish(made)
   assert len(written(second)) == 5
   def bad(event):
@@ -217,14 +249,13 @@ def test_refusals(generator):
 
 
 def test_no_retrace(generator):
-  """Law: once each size was seen nothing is compiled again."""
+  """Law: a warm engine compiles nothing, whatever requests want."""
   made = engine(generator)
-  for request in random_requests(30, seed=3):
-    ask(made, dataclasses.replace(request, sampling=Sampling()))
-  finish(made)
+  made.warm()
   sizes = decode.run._cache_size(), decode.prefill._cache_size()
-  for request in random_requests(30, seed=4):
-    ask(made, dataclasses.replace(request, sampling=Sampling(0.7, seed=3)))
+  for i, request in enumerate(random_requests(30, seed=4)):
+    ask(made, dataclasses.replace(request, tops=i % 3, presence=float(i % 5 == 0), bias=(
+        ((3, 1.0),) if i % 4 == 0 else ())))
     made.step()
   finish(made)
   assert (decode.run._cache_size(), decode.prefill._cache_size()) == sizes
