@@ -18,7 +18,7 @@ import time
 
 from benchmarks import common
 
-CLIENTS, WORDS, NEW, LONG = 16, 60, 64, 4000
+CLIENTS, WORDS, NEW, LONG = 16, 60, 64, 12000
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
   p = common.parser(__doc__, rounds=5)
   p.add_argument("--workdir", default="runs/tiny", help="of a trained model")
   args = p.parse_args(argv)
-  with server(args.workdir, "--tokens=65536", "--longest=16384") as (url, _):
+  with server(args.workdir, "--tokens=65536", "--longest=32768") as (url, _):
     times = asyncio.run(measure(url, args.rounds))
   gain = common.paired(times["one by one"], times["at once"])
   rate = lambda name: f"{CLIENTS * NEW / sorted(times[name])[len(times[name]) // 2]:.0f} tokens/s"

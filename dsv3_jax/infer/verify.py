@@ -10,6 +10,8 @@ that are the most likely token and is exact.
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.infer import sampler
+
 _ACCEPT, _REPLACE = 1, 2  # what a position's randomness is for; 0: the draft, see `sampler.draw`
 
 
@@ -27,6 +29,22 @@ def accept(drafts_BK: jax.Array, draft_scores_BKV: jax.Array, scores_BTV: jax.Ar
   Returns:
     tokens int32 [B, T], of which the first `count` count, and count int32 [B], from 1 to T.
   """
+  rows = jnp.arange(drafts_BK.shape[0])
+
+  def likeliest(drafts_BK, draft_scores_BKV, scores_BTV, seed_B, position_B):
+    best_BT = jnp.argmax(scores_BTV, -1).astype(jnp.int32)
+    kept_B = jnp.cumprod(drafts_BK == best_BT[:, :-1], axis=1).sum(1)
+    return kept_B, best_BT[rows, kept_B]
+
+  kept_B, token_B = jax.lax.cond(
+      sampler.certain(scores_BTV), likeliest, _drawn, drafts_BK, draft_scores_BKV, scores_BTV,
+      seed_B, position_B)
+  tokens_BT = jnp.pad(drafts_BK, ((0, 0), (0, 1))).at[rows, kept_B].set(token_B)
+  return tokens_BT, kept_B.astype(jnp.int32) + 1
+
+
+def _drawn(drafts_BK, draft_scores_BKV, scores_BTV, seed_B, position_B):
+  """How many drafts of each row are kept, and the token after them."""
   B, K = drafts_BK.shape
   at_BT = position_B[:, None] + jnp.arange(K + 1)
   keys_BT = jax.vmap(jax.vmap(lambda s, t: jax.random.fold_in(jax.random.key(s), t), (None, 0)))(
@@ -42,6 +60,4 @@ def accept(drafts_BK: jax.Array, draft_scores_BKV: jax.Array, scores_BTV: jax.Ar
   rest_BV = jnp.maximum(p_BV - q_BTV[rows, kept_B], 0)
   rest_BV = jnp.where(rest_BV.sum(1, keepdims=True) > 0, rest_BV, p_BV)  # p and q but for rounding
   key_B = fold(keys_BT, _REPLACE)[rows, kept_B]
-  token_B = jax.vmap(jax.random.categorical)(key_B, jnp.log(rest_BV)).astype(jnp.int32)
-  tokens_BT = jnp.pad(drafts_BK, ((0, 0), (0, 1))).at[rows, kept_B].set(token_B)
-  return tokens_BT, kept_B.astype(jnp.int32) + 1
+  return kept_B, jax.vmap(jax.random.categorical)(key_B, jnp.log(rest_BV)).astype(jnp.int32)
