@@ -35,7 +35,7 @@ def _fetch(cache, lengths_B, pages_BN, block: int):
 
 def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, scale: float,
                pages_BN: jax.Array | None = None, kv_rank: int = 512, return_lse: bool = False,
-               block: int = 256) -> jax.Array | tuple[jax.Array, jax.Array]:
+               block: int = 128) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.reference.mla_decode`; `block` is the number of keys taken at once."""
   latent_cache.check(q_BTHZ, cache, lengths_B, pages_BN, kv_rank)
   B, T, H, Z = q_BTHZ.shape
@@ -58,10 +58,10 @@ def mla_decode(q_BTHZ: jax.Array, cache: jax.Array, lengths_B: jax.Array, *, sca
     highest_BM = jnp.maximum(top_BM, scores_BMS.max(-1))
     p_BMS = jnp.exp(scores_BMS - highest_BM[..., None])
     shrink_BM = jnp.exp(top_BM - highest_BM)
-    pv_BMC = jnp.einsum("bms,bsc->bmc", p_BMS.astype(q_BMZ.dtype),
-                        z_BSZ[..., :kv_rank].astype(q_BMZ.dtype),
+    # All Z columns, the rotary ones for nothing: cutting the latent out would copy the block.
+    pv_BMZ = jnp.einsum("bms,bsz->bmz", p_BMS.astype(q_BMZ.dtype), z_BSZ.astype(q_BMZ.dtype),
                         preferred_element_type=jnp.float32)
-    return (o_BMC * shrink_BM[..., None] + pv_BMC, highest_BM,
+    return (o_BMC * shrink_BM[..., None] + pv_BMZ[..., :kv_rank], highest_BM,
             total_BM * shrink_BM + p_BMS.sum(-1))
 
   like = (q_BTHZ, cache, lengths_B) if pages_BN is None else (q_BTHZ, cache, lengths_B, pages_BN)
