@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from dsv3_jax import config
@@ -38,7 +39,7 @@ from dsv3_jax.infer.parameters import Parameters
 from dsv3_jax.infer.request import TOPS, Event, Job, Request, Token
 
 _log = logging.getLogger(__name__)
-_CHUNKS, _LEAST = 4, 16  # ratio of the sizes that chunks are padded to, and a bound of the smallest
+_CHUNKS, _LEAST = 2, 16  # ratio of the sizes that chunks are padded to, and a bound of the smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +236,10 @@ class Engine:
     self._writing.clear()
     self._layers = ()  # two caches at once may be more than there is room for
     plain = config.replace(self.cfg, mtp_depth=0)  # no drafts, so no layers for their modules
-    self._layers = cache_lib.make_paged(plain, 1, s.pages, s.page_size, 1, self._dtype).layers
+    made = cache_lib.make_paged(plain, 1, s.pages, s.page_size, 1, self._dtype)
+    # On a device for good, as what comes out of a step is: otherwise the first step compiles anew.
+    self._layers = jax.device_put(made.layers, min(
+        self._weights.final_norm_D.devices(), key=lambda d: d.id))
 
   def _step(self) -> bool:
     with self._lock:
@@ -305,6 +309,8 @@ class Engine:
       self._deliver([job], new)
     else:
       self._prompts.append(job)
+      # Or the host would hand over all of a long prompt, and what comes next wait for it.
+      jax.block_until_ready(new)
 
   def _write(self) -> None:
     """A short run of decoding for all that write."""
