@@ -12,10 +12,6 @@ from dsv3_jax.train import checkpoint, state
 from tests import quick, saved_run
 from tests.quick import jit
 
-lm_eval = pytest.importorskip("lm_eval")
-
-from dsv3_jax import harness  # noqa: E402
-
 TEXT = "def main(argv):\n  print(argv)\n"
 
 
@@ -38,6 +34,9 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(workdir):
+  pytest.importorskip("lm_eval")  # takes seconds, so not for whoever only collects tests
+  from dsv3_jax import harness
+
   return harness.DSV3(str(workdir), max_length=100)
 
 
@@ -111,6 +110,7 @@ def test_local_tasks(tmp_path, model):
       "doc_to_text: '{{text}}'\ndoc_to_target: 'x'\n"
       "generation_kwargs:\n  until: ['zz']\n  max_gen_toks: 7\n"
       "metric_list:\n  - metric: exact_match\n")
+  import lm_eval
   from lm_eval.tasks import TaskManager
 
   found = lm_eval.simple_evaluate(

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
   except ImportError as e:
     raise ConfigError(f"serving wants {e.name}: pip install 'dsv3-jax[serve]'") from None
   from dsv3_jax.infer.engine import Engine, Settings
-  from dsv3_jax.serve import app
+  from dsv3_jax.serve import app, guard
   from dsv3_jax.serve.worker import Worker
 
   page = 64
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
   open_to_all = bool(key) or not _loopback(args.host)
   hosts = () if open_to_all else ("localhost", "127.0.0.1", "::1", args.host)
   made = app.make(Worker(engine, args.patience), tokenizer, name,
-                  app.Limits(key, seconds=args.timeout, hosts=tuple(dict.fromkeys(hosts))))
+                  guard.Limits(key, seconds=args.timeout, hosts=tuple(dict.fromkeys(hosts))))
   server = uvicorn.Server(uvicorn.Config(
       made, args.host, args.port, log_level="warning", lifespan="on", access_log=False,
       timeout_graceful_shutdown=int(args.patience) or 1))

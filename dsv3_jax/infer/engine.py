@@ -14,12 +14,11 @@ goes to the head of the queue; it is run again over what it had, much of which i
 hold, and its draws, which depend on seed and place alone, are the same but for rounding. The oldest
 request always goes on, so all come to an end.
 
-Batches are padded to a few sizes, each compiled once. The engine belongs to one thread, which calls
-`step`; `submit` and `Job.cancel` may be called by any.
+What is compiled, and for which sizes, is in `infer/batches.py`. The engine belongs to one thread,
+which calls `step`; `submit` and `Job.cancel` may be called by any.
 """
 
 import collections
-import dataclasses
 import logging
 import threading
 import time
@@ -30,55 +29,13 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.config import ConfigError
-from dsv3_jax.infer import cache as cache_lib
-from dsv3_jax.infer import decode, sampler
-from dsv3_jax.infer.cache import Cache
+from dsv3_jax.infer import decode
+from dsv3_jax.infer.batches import Batches, Settings
 from dsv3_jax.infer.pages import Pages
 from dsv3_jax.infer.parameters import Parameters
-from dsv3_jax.infer.request import TOPS, Event, Job, Request, Token
+from dsv3_jax.infer.request import Event, Job, Request, Token
 
 _log = logging.getLogger(__name__)
-_CHUNKS, _LEAST = 2, 16  # ratio of the sizes that chunks are padded to, and a bound of the smallest
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """Sizes of an engine.
-
-  Attributes:
-    pages: of the cache.
-    page_size: tokens a page; the GPU's kernel takes 64.
-    longest: tokens that one request may have; 0: as many as the pages hold.
-    running: requests that decode at once.
-    chunk: tokens of a prompt that are run at once.
-    run: tokens that each request writes in a step, where no prompt waits.
-    queue: requests that may wait; more are refused.
-    share: whether requests share the pages of a common beginning.
-  """
-
-  pages: int = 512
-  page_size: int = 64
-  longest: int = 0
-  running: int = 16
-  chunk: int = 256
-  run: int = 4
-  queue: int = 1024
-  share: bool = True
-
-  def __post_init__(self):
-    for name in ("pages", "page_size", "running", "chunk", "run", "queue"):
-      if getattr(self, name) < 1:
-        raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-    most = self.pages * self.page_size
-    if not 0 <= self.longest <= most:
-      raise ConfigError(f"longest={self.longest} tokens are more than pages={self.pages} of "
-                        f"{self.page_size} hold; at most {most}")
-
-  @property
-  def limit(self) -> int:
-    """Tokens that one request may have."""
-    return self.longest or self.pages * self.page_size
 
 
 class Full(Exception):
@@ -107,19 +64,13 @@ class Engine:
       tokens, "shared" (of prompts, found in the cache), "steps", "preempted".
   """
 
-  def __init__(self, cfg: config.Model, weights: Parameters, settings: Settings = Settings(),
+  def __init__(self, cfg: config.Model, weights: Parameters, settings: Settings,
                runtime: config.Runtime = config.Runtime(), cache_dtype: str = "",
                stop: frozenset[int] = frozenset(), vocabulary: int = 0):
-    self.cfg, self.settings, self.runtime = cfg, settings, runtime
-    self._weights, self._stop = weights, stop
-    self._ends = np.array(sorted(stop), np.int32)
-    self._tops = min(TOPS, cfg.vocab_size)
-    self._forbidden_V = None
-    if 0 < vocabulary < cfg.vocab_size:
-      self._forbidden_V = np.zeros(cfg.vocab_size, np.float32)
-      self._forbidden_V[vocabulary:] = -np.inf
-    self._dtype = cache_dtype or runtime.compute_dtype
-    self._table = -(-settings.limit // settings.page_size)  # N, pages that a request may have
+    self.cfg, self.settings = cfg, settings
+    self.pages = Pages(settings.pages, settings.page_size, settings.share)
+    self._batches = Batches(cfg, weights, settings, runtime, cache_dtype, stop, vocabulary)
+    self._stop = stop
     self.totals: collections.Counter[str] = collections.Counter()
     self._lock = threading.Lock()
     self._news = threading.Condition(self._lock)
@@ -128,7 +79,6 @@ class Engine:
     self._prompts: collections.deque[Job] = collections.deque()  # admitted, prompt not yet run
     self._writing: list[Job] = []  # oldest first
     self._closed = False
-    self._reset()
 
   # --- for any thread
 
@@ -173,29 +123,7 @@ class Engine:
 
   def warm(self, say: Callable[[str], Any] = lambda text: None) -> None:
     """Compiles all that requests may want; `say` hears of each size."""
-    call: dict[str, Any] = dict(drafts=0, cfg=self.cfg, runtime=self.runtime)
-    for fresh in (True, False):
-      for tokens in self._chunks():
-        say(f"{'first' if fresh else 'later'} chunks of prompts, {tokens} tokens")
-        state, _ = decode.prefill(
-            self._weights, self._cache([], 1), np.zeros((1, tokens), np.int32),
-            np.zeros(1, np.int32), np.int32(1), self._seen([], 1),
-            sampler.rows([sampler.GREEDY]), self._bias([], 1), self._ends, **call, fresh=fresh,
-            tops=self._tops)
-        self._layers = state.cache.layers
-    B = 1
-    while B < 2 * self.settings.running:
-      say(f"decoding of {B} requests")
-      none_B = np.zeros(B, np.int32)
-      for plain in (True, False):
-        state = decode.State(self._cache([], B), none_B, none_B,
-                             None if plain else self._seen([], B), None)
-        state, _ = decode.run(
-            self._weights, state, none_B > 0, sampler.rows([sampler.GREEDY] * B),
-            self._forbidden_V if plain else self._bias([], B), self._ends, np.int32(1),
-            most=self.settings.run, **call, tops=0 if plain else self._tops)
-        self._layers = state.cache.layers
-      B *= 2
+    self._batches.warm(say)
 
   def step(self) -> bool:
     """Goes on with everything by a little; False if there was nothing to do.
@@ -234,12 +162,7 @@ class Engine:
     self.pages = Pages(s.pages, s.page_size, s.share)
     self._prompts.clear()
     self._writing.clear()
-    self._layers = ()  # two caches at once may be more than there is room for
-    plain = config.replace(self.cfg, mtp_depth=0)  # no drafts, so no layers for their modules
-    made = cache_lib.make_paged(plain, 1, s.pages, s.page_size, 1, self._dtype)
-    # On a device for good, as what comes out of a step is: otherwise the first step compiles anew.
-    self._layers = jax.device_put(made.layers, min(
-        self._weights.final_norm_D.devices(), key=lambda d: d.id))
+    self._batches.reset()
 
   def _step(self) -> bool:
     with self._lock:
@@ -286,24 +209,14 @@ class Engine:
     """Runs a chunk of a prompt; draws a token after the last one."""
     if not self._set_bias(job):
       return
-    whole, chunk = job.whole, self.settings.chunk
-    part = whole[job.written:job.written + chunk]
-    done = job.written + len(part) == len(whole)
-    size = min(size for size in self._chunks() if size >= len(part))
-    tokens_1T = np.zeros((1, size), np.int32)
-    tokens_1T[0, :len(part)] = part
-    cache = self._cache([job], 1)
-    state, new = decode.prefill(
-        self._weights, cache, tokens_1T, np.array([len(part)], np.int32), np.int32(job.left),
-        self._seen([job], 1), sampler.rows([job.request.sampling]), self._bias([job], 1),
-        self._ends, drafts=0, cfg=self.cfg, runtime=self.runtime,
-        tops=self._tops, fresh=job.written == 0)
-    self._layers = state.cache.layers
+    whole = job.whole
+    part = whole[job.written:job.written + self.settings.chunk]
+    new = self._batches.read(job, part)
     job.written += len(part)
     self.totals["prompt"] += len(part)
     self._publish(job)
     self._prompts.popleft()
-    if done:
+    if job.written == len(whole):
       self._writing.append(job)
       self._writing.sort(key=lambda j: j.submitted)
       self._deliver([job], new)
@@ -321,22 +234,7 @@ class Engine:
     jobs = [job for job in list(self._writing) if self._set_bias(job)]
     if not jobs:
       return
-    plain = all(job.plain for job in jobs)
-    B = 1
-    while B < len(jobs):
-      B *= 2
-    column = lambda values, dtype: np.array([*values, *[0] * (B - len(jobs))], dtype)
-    left_B = column([job.left for job in jobs], np.int32)
-    state = decode.State(self._cache(jobs, B), column([j.tokens[-1] for j in jobs], np.int32),
-                         left_B, None if plain else self._seen(jobs, B), None)
-    settings = [job.request.sampling for job in jobs] + [sampler.GREEDY] * (B - len(jobs))
-    state, new = decode.run(
-        self._weights, state, left_B > 0, sampler.rows(settings),
-        self._forbidden_V if plain else self._bias(jobs, B), self._ends, np.int32(run),
-        most=self.settings.run, drafts=0, cfg=self.cfg, runtime=self.runtime,
-        tops=0 if plain else self._tops)
-    self._layers = state.cache.layers
-    self._deliver(jobs, new)
+    self._deliver(jobs, self._batches.write(jobs, run))
 
   def _grow(self, run: int) -> None:
     """Gives each that writes, oldest first, pages for what it is about to write."""
@@ -441,35 +339,3 @@ class Engine:
     except Exception:  # the listener's fault is not the others'
       _log.exception("%s: on_event failed", job.request.tag or "a request")
       job.cancel()
-
-  # --- what the compiled functions take
-
-  def _chunks(self) -> list[int]:
-    """Sizes that chunks of prompts are padded to."""
-    sizes = [self.settings.chunk]
-    while sizes[-1] // _CHUNKS >= _LEAST:
-      sizes.append(sizes[-1] // _CHUNKS)
-    return sizes
-
-  def _cache(self, jobs: list[Job], B: int) -> Cache:
-    pages_BN, lengths_B = np.zeros((B, self._table), np.int32), np.zeros(B, np.int32)
-    for b, job in enumerate(jobs):
-      pages_BN[b, :len(job.pages)] = job.pages
-      lengths_B[b] = job.written
-    return Cache(self._layers, lengths_B, pages_BN)
-
-  def _seen(self, jobs: list[Job], B: int) -> np.ndarray:
-    seen_BV = np.zeros((B, self.cfg.vocab_size), bool)
-    for b, job in enumerate(jobs):
-      if job.request.sampling.repetition_penalty != 1:
-        seen_BV[b, job.whole] = True
-    return seen_BV
-
-  def _bias(self, jobs: list[Job], B: int) -> np.ndarray:
-    bias_BV = np.zeros((B, self.cfg.vocab_size), np.float32)
-    if self._forbidden_V is not None:
-      bias_BV += self._forbidden_V
-    for b, job in enumerate(jobs):
-      if job.bias_V is not None:
-        bias_BV[b] += job.bias_V
-    return bias_BV

@@ -11,56 +11,27 @@ import hmac
 import json
 import logging
 import time
-import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer.engine import Closed, Full
-from dsv3_jax.serve import answers, bodies
+from dsv3_jax.serve import answers, bodies, guard
 from dsv3_jax.serve.answers import Choice, Piece
 from dsv3_jax.serve.bodies import BadRequest, Call
+from dsv3_jax.serve.guard import Limits, Refused
 from dsv3_jax.serve.metrics import Metrics
 from dsv3_jax.serve.worker import Answer, Worker
 
 _log = logging.getLogger(__name__)
 _DONE = "data: [DONE]\n\n"
-_FAULT = "a fault of the server's; its log has more"
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What a client may ask for.
-
-  Attributes:
-    key: that calls must bear; "": none.
-    body: bytes of a call.
-    seconds: a call may take, from its first byte to the last one that the client read.
-    hosts: names under which the server may be called; (): any. A page of another site, which a
-      browser lets send calls to a local server, is refused by its Origin in any case.
-  """
-
-  key: str = ""
-  body: int = 2**20
-  seconds: float = 600.0
-  hosts: tuple[str, ...] = ()
-
-
-class Refused(Exception):
-  """A call that is answered with a status and a message."""
-
-  def __init__(self, status: int, message: str, kind: str = "invalid_request_error",
-               param: str | None = None, code: str | None = None):
-    super().__init__(message)
-    self.status, self.body = status, answers.error(message, kind, param, code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +44,7 @@ class _Form:
   choice: Callable[[Piece, str, bool, int | None], dict[str, Any]]
 
 
-def make(worker: Worker, tokenizer: Tokenizer, name: str, limits: Limits = Limits()) -> Any:
+def make(worker: Worker, tokenizer: Tokenizer, name: str, limits: Limits) -> Any:
   """The ASGI application; it starts the worker, and ends it when the server ends.
 
   Args:
@@ -97,48 +68,8 @@ def make(worker: Worker, tokenizer: Tokenizer, name: str, limits: Limits = Limit
               Route("/v1/completions", server.completions, methods=["POST"]),
               Route("/v1/chat/completions", server.chat, methods=["POST"])],
       lifespan=lifespan,
-      exception_handlers={Refused: _refused, HTTPException: _http_error,
-                          ClientDisconnect: _gone, Exception: _failed})
-  return _Guarded(app, limits)
-
-
-class _Guarded:
-  """Refuses strangers; ends what takes too long, also where the client does not read."""
-
-  def __init__(self, app: Any, limits: Limits):
-    self._app, self._limits, self._seconds = app, limits, limits.seconds
-
-  def _stranger(self, request: Request) -> str:
-    """Why the call is not from where it should be, or nothing."""
-    host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    if self._limits.hosts and request.url.hostname not in self._limits.hosts:
-      return f"this server is not called {host!r}; it is {' or '.join(self._limits.hosts)}"
-    if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
-      return f"pages of {origin} may not call this server"
-    return ""
-
-  async def __call__(self, scope, receive, send) -> None:
-    if scope["type"] != "http":
-      return await self._app(scope, receive, send)
-    why = self._stranger(Request(scope))
-    if why:
-      refusal = JSONResponse(answers.error(why, "permission_error"), 403)
-      return await refusal(scope, receive, send)
-    began = False
-
-    async def noticing(message) -> None:
-      nonlocal began
-      began = True
-      await send(message)
-
-    try:
-      async with asyncio.timeout(self._seconds):
-        await self._app(scope, receive, noticing)
-    except TimeoutError:
-      if began:
-        raise  # the connection ends in the middle: the client sees that something is missing
-      message = f"the call took more than {self._seconds:g} seconds"
-      await JSONResponse(answers.error(message, "timeout_error"), 504)(scope, receive, send)
+      exception_handlers=guard.HANDLERS)
+  return guard.Guarded(app, limits)
 
 
 class _Server:
@@ -239,7 +170,7 @@ class _Server:
     if call.stream:
       return _Streamed(self._stream(call, form, base, jobs), jobs)
     try:
-      pieces = await _unless_gone(request, asyncio.gather(
+      pieces = await guard.unless_gone(request, asyncio.gather(
           *(self._whole(call, job) for job in jobs)))
     finally:
       _cancel(jobs)
@@ -285,7 +216,7 @@ class _Server:
             return self._metrics.ended(job.job)
       except Exception:
         _log.exception("a stream failed")
-        await news.put((i, None, _FAULT))
+        await news.put((i, None, guard.FAULT))
 
     followers = [asyncio.ensure_future(follow(i, job)) for i, job in enumerate(jobs)]
     try:
@@ -362,23 +293,6 @@ def _read(reader: Callable[[Any], Any], value: Any) -> Any:
     raise Refused(400, str(e), param=e.param) from None
 
 
-async def _unless_gone(request: Request, work: asyncio.Future) -> Any:
-  """What comes of `work`; it is cancelled when the client leaves."""
-  async def gone() -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-      pass
-
-  leaving = asyncio.ensure_future(gone())
-  try:
-    await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-    if not work.done():
-      raise ClientDisconnect
-    return work.result()
-  finally:
-    work.cancel()
-    leaving.cancel()
-
-
 def _cancel(jobs: list[Answer]) -> None:
   for job in jobs:
     job.cancel()
@@ -391,25 +305,3 @@ def _usage(call: Call, counts: list[int]) -> dict[str, int]:
 
 def _line(value: dict[str, Any]) -> str:
   return f"data: {json.dumps(value)}\n\n"  # ASCII: some clients take U+2028 for a line's end
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-  assert isinstance(error, Refused)
-  headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-  return JSONResponse(error.body, error.status, headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-  assert isinstance(error, HTTPException)
-  message = f"{request.method} {request.url.path}: {error.detail}"
-  return JSONResponse(answers.error(message, "invalid_request_error"), error.status_code,
-                      error.headers)
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-  return Response(status_code=499)  # nobody reads it; what servers log for a client that left
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-  _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-  return JSONResponse(answers.error(_FAULT, "server_error"), 500)

@@ -20,16 +20,13 @@ from dsv3_jax.data import tokenizer as tokenizer_lib
 from dsv3_jax.infer.engine import Engine, Settings
 from dsv3_jax.infer.generate import Generator
 from dsv3_jax.model.routing import RouterBias
-from dsv3_jax.serve import app
+from dsv3_jax.serve import app, guard
 from dsv3_jax.serve.worker import Worker
 from tests import quick
 from tests.model import small
 
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-
 CFG = config.replace(small.BASE, vocab_size=330, layers=2)  # ids from 320 on are padding
-LIMITS = app.Limits(body=4096)
+LIMITS = guard.Limits(body=4096)
 SETTINGS = Settings(pages=64, page_size=16, longest=512, running=4, chunk=32, run=2, queue=6)
 
 
@@ -74,6 +71,8 @@ class Running:
 @contextlib.contextmanager
 def running(generator, tokenizer, limits=LIMITS, pause=0.0):
   """A server in a thread; its engine sleeps `pause` seconds a step."""
+  import uvicorn
+
   engine = Engine(CFG, generator.weights, SETTINGS, small.RUNTIME, "", frozenset({tokenizer.eos}),
                   tokenizer.vocab_size)
   if pause:
@@ -103,6 +102,7 @@ def server(generator, tokenizer):
 
 @pytest.fixture(scope="module")
 def client(server):
+  openai = pytest.importorskip("openai")
   with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as found:
     yield found
 
@@ -284,7 +284,7 @@ def test_a_grammar_that_is_too_much(server):
 
 def test_strangers(generator, tokenizer):
   """Law: a page of another site, or a name that is not the server's own, is refused."""
-  limits = app.Limits(hosts=("127.0.0.1", "localhost"))
+  limits = guard.Limits(hosts=("127.0.0.1", "localhost"))
   with running(generator, tokenizer, limits) as server:
     for headers, status in (({}, 200), ({"Origin": server.url}, 200),
                             ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403),
@@ -310,7 +310,7 @@ def test_who_leaves_and_what_takes_too_long(generator, tokenizer):
   """Law: a client that goes away, streaming or not, ends its request; so does the time limit, with
   a status or, once the answer has begun, by breaking it off. The pages are free after it."""
   ask = {"prompt": "def ", "max_tokens": 400, "logit_bias": {str(tokenizer.eos): -100}}
-  with running(generator, tokenizer, app.Limits(seconds=1.0), pause=0.02) as server:
+  with running(generator, tokenizer, guard.Limits(seconds=1.0), pause=0.02) as server:
     with httpx.stream("POST", server.url + "/v1/completions", timeout=30,
                       json=ask | {"stream": True}) as answer:
       next(answer.iter_lines())
@@ -326,7 +326,7 @@ def test_who_leaves_and_what_takes_too_long(generator, tokenizer):
 
 def test_key(generator, tokenizer):
   """Law: without the key nothing is told but health and metrics."""
-  with running(generator, tokenizer, app.Limits(key="secret")) as server:
+  with running(generator, tokenizer, guard.Limits(key="secret")) as server:
     ask = {"prompt": "a", "max_tokens": 2}
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
       answer = server.post("/v1/completions", ask, headers=headers)
