@@ -73,10 +73,15 @@ class Batches:
     cache_dtype: of the cache; "": the weights'.
     stop: tokens that end any request.
     vocabulary: ids from here on only pad the model's vocabulary and are never drawn; 0: none.
+
+  Attributes:
+    ranks: devices that have sequences of their own, each with `settings.pages` pages and up to
+      `settings.running` jobs that decode.
   """
 
   def __init__(self, cfg: config.Model, weights: Parameters, settings: Settings,
                runtime: config.Runtime, cache_dtype: str, stop: frozenset[int], vocabulary: int):
+    self.ranks = 1
     self._cfg, self._weights, self._settings = cfg, weights, settings
     self._call: dict[str, Any] = dict(drafts=0, cfg=cfg, runtime=runtime)
     self._dtype = cache_dtype or runtime.compute_dtype
@@ -115,16 +120,34 @@ class Batches:
         self._write([], B, 1, plain)
       B *= 2
 
-  def read(self, job: Job, part: Sequence[int]) -> decode.New:
-    """Runs the next tokens of a job's prompt; draws the one after them."""
+  def read(self, jobs: Sequence[Job | None], parts: Sequence[Sequence[int]]) -> decode.New:
+    """Runs the next tokens of prompts, one of each rank; draws the one after each.
+
+    Args:
+      jobs: of each rank, or None.
+      parts: the tokens, none where there is no job.
+
+    Returns:
+      Row r is rank r's.
+    """
+    (job,), (part,) = jobs, parts
     return self._read([job], part, len(part), job.left, job.written == 0)
 
-  def write(self, jobs: list[Job], run: int) -> decode.New:
-    """Up to `run` steps of decoding for jobs whose prompts were run."""
+  def write(self, jobs: Sequence[Sequence[Job]], run: int) -> tuple[decode.New, int]:
+    """Up to `run` steps of decoding for jobs whose prompts were run.
+
+    Args:
+      jobs: of each rank.
+      run: steps.
+
+    Returns:
+      What was drawn, and rows a rank: rank r's j-th job has row r * rows + j.
+    """
+    (jobs,) = jobs
     B = 1
     while B < len(jobs):
       B *= 2
-    return self._write(jobs, B, run, all(job.plain for job in jobs))
+    return self._write(jobs, B, run, all(job.plain for job in jobs)), B
 
   def _read(self, jobs: list[Job], part: Sequence[int], new: int, left: int, first: bool
             ) -> decode.New:

@@ -211,7 +211,7 @@ class Engine:
       return
     whole = job.whole
     part = whole[job.written:job.written + self.settings.chunk]
-    new = self._batches.read(job, part)
+    new = self._batches.read([job], [part])
     job.written += len(part)
     self.totals["prompt"] += len(part)
     self._publish(job)
@@ -234,7 +234,7 @@ class Engine:
     jobs = [job for job in list(self._writing) if self._set_bias(job)]
     if not jobs:
       return
-    self._deliver(jobs, self._batches.write(jobs, run))
+    self._deliver(jobs, self._batches.write([jobs], run)[0])
 
   def _grow(self, run: int) -> None:
     """Gives each that writes, oldest first, pages for what it is about to write."""
