@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from dsv3_jax import config, ops
 from dsv3_jax.infer import cache as cache_lib
+from dsv3_jax.infer import matmul
 from dsv3_jax.infer.cache import Cache
 from dsv3_jax.infer.parameters import FFN, Attention, Experts, Layer, Parameters
 from dsv3_jax.model import layers, moe, rope, routing
@@ -92,7 +93,7 @@ def block(x_BTD: jax.Array, w: Layer, cached: jax.Array, cache: Cache,
   if isinstance(w.ffn, Experts):
     y_PD, expert_PA = _experts(h_PD, w.ffn, cfg.moe, runtime)
   else:
-    y_PD, expert_PA = _swiglu(h_PD, w.ffn), None
+    y_PD, expert_PA = _swiglu(h_PD, w.ffn, runtime), None
   return x_BTD + y_PD.reshape(x_BTD.shape), cached, expert_PA
 
 
@@ -102,29 +103,27 @@ def _attention(x_BTD, w: Attention, cached, cache: Cache, turns, new_B, cfg: con
   N, C, scale = cfg.nope_dim, cfg.kv_rank, rope.softmax_scale(cfg)
   y = x_BTD
   if w.w_dq_DQ is not None:
-    y = layers.rms_norm(layers.linear(x_BTD, w.w_dq_DQ), w.q_norm_Q, cfg.latent_norm_eps)
-  q_BTHK = layers.linear(y, w.w_q_YHK)
+    y = layers.rms_norm(matmul.linear(x_BTD, w.w_dq_DQ, runtime), w.q_norm_Q, cfg.latent_norm_eps)
+  q_BTHK = matmul.linear(y, w.w_q_YHK, runtime)
   q_BTHN, q_BTHR = q_BTHK[..., :N], rope.apply_rope(q_BTHK[..., N:], *turns)
-  z_BTZ = layers.linear(x_BTD, w.w_dkv_DZ)
+  z_BTZ = matmul.linear(x_BTD, w.w_dkv_DZ, runtime)
   c_BTC = layers.rms_norm(z_BTZ[..., :C], w.kv_norm_C, cfg.latent_norm_eps)
   k_BTR = rope.apply_rope(z_BTZ[..., C:], *turns)
   cached = cache_lib.write(cached, cache_lib.entries(c_BTC, k_BTR, cached), cache.lengths_B, new_B,
                            cache.pages_BN)
   if fresh:
-    k_BTHN = jnp.einsum("btc,hnc->bthn", c_BTC, w.w_uk_HNC)
+    k_BTHN, v_BTHU = matmul.expand(c_BTC, w)
     k_BTHR = jnp.broadcast_to(k_BTR[:, :, None], q_BTHR.shape)
     o_BTHU = ops.attention(
-        jnp.concatenate([q_BTHN, q_BTHR], -1), jnp.concatenate([k_BTHN, k_BTHR], -1),
-        jnp.einsum("btc,hcu->bthu", c_BTC, w.w_uv_HCU), scale=scale, impl=runtime.attention,
-        block=runtime.attention_block)
+        jnp.concatenate([q_BTHN, q_BTHR], -1), jnp.concatenate([k_BTHN, k_BTHR], -1), v_BTHU,
+        scale=scale, impl=runtime.attention, block=runtime.attention_block)
   else:
-    q_BTHC = jnp.einsum("bthn,hnc->bthc", q_BTHN, w.w_uk_HNC)
-    q_BTHZ = jnp.concatenate([q_BTHC, q_BTHR], -1)
+    q_BTHZ = jnp.concatenate([matmul.absorb(q_BTHN, w), q_BTHR], -1)
     unused_B = x_BTD.shape[1] - new_B
     o_BTHC = ops.mla_decode(_later(q_BTHZ, unused_B), cached, cache.lengths_B + new_B, scale=scale,
                             pages_BN=cache.pages_BN, kv_rank=C)
-    o_BTHU = jnp.einsum("bthc,hcu->bthu", _later(o_BTHC, -unused_B), w.w_uv_HCU)
-  return layers.linear(o_BTHU, w.w_o_HUD, 2), cached
+    o_BTHU = matmul.values(_later(o_BTHC, -unused_B), w)
+  return matmul.linear(o_BTHU, w.w_o_HUD, runtime, 2), cached
 
 
 def _later(x: jax.Array, by_B: jax.Array) -> jax.Array:
@@ -137,20 +136,19 @@ def _later(x: jax.Array, by_B: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, where_BT[:, :, None, None], axis=1)
 
 
-def _swiglu(x_PD: jax.Array, w: FFN) -> jax.Array:
-  gate, up = jnp.split(layers.linear(x_PD, w.w_in_DF), 2, axis=-1)
-  return layers.linear(layers.swiglu(gate, up), w.w_out_FD)
+def _swiglu(x_PD: jax.Array, w: FFN, runtime: config.Runtime) -> jax.Array:
+  gate, up = matmul.split_gate(matmul.linear(x_PD, w.w_in_DF, runtime))
+  return matmul.linear(layers.swiglu(gate, up), w.w_out_FD, runtime)
 
 
 def _experts(x_PD: jax.Array, w: Experts, cfg: config.MoE, runtime: config.Runtime
              ) -> tuple[jax.Array, jax.Array]:
   """[P, D], and the experts of each token, int32 [P, A]."""
   routed = routing.route(x_PD, w.w_router_DE, w.bias_E, cfg)
-  p = moe.plan(routed.expert_PA, cfg.experts, moe.block_rows(routed.expert_PA.size, cfg.experts))
-  both_MF = ops.grouped_gemm(moe.spread(x_PD, p), w.w_in_EDF, p.group_m, p.used, impl=runtime.gemm)
-  gate, up = jnp.split(both_MF, 2, axis=-1)
+  p = moe.plan(routed.expert_PA, cfg.experts, matmul.block_rows(
+      routed.expert_PA.size, cfg.experts, runtime))
+  gate, up = matmul.split_gate(matmul.grouped(moe.spread(x_PD, p), w.w_in_EDF, p, runtime))
   gate_M = moe.spread_gates(routed.gate_PA, p).astype(x_PD.dtype)
-  y_MD = ops.grouped_gemm(layers.swiglu(gate, up) * gate_M[:, None], w.w_out_EFD, p.group_m, p.used,
-                          impl=runtime.gemm)
+  y_MD = matmul.grouped(layers.swiglu(gate, up) * gate_M[:, None], w.w_out_EFD, p, runtime)
   y_PD = moe.collect(y_MD, p)
-  return (y_PD if w.shared is None else y_PD + _swiglu(x_PD, w.shared)), routed.expert_PA
+  return (y_PD if w.shared is None else y_PD + _swiglu(x_PD, w.shared, runtime)), routed.expert_PA
