@@ -90,6 +90,19 @@ def use_compilation_cache() -> None:
     compilation_cache.reset_cache()  # a notebook may have compiled already, without a cache
 
 
+def _traced() -> jax.profiler.ProfileOptions:
+  """What a profile holds: the annotated steps, XLA's operations and the devices, no Python calls.
+
+  To record Python calls under Python 3.11, jaxlib walks the list of all threads' states without
+  the list's lock. A native thread that enters Python for the first time just then (checkpoints are
+  written by such threads) has a state half made, and the process dies by a segmentation fault: a
+  profile would have cost the run. Without them traces are smaller and steps undisturbed, too.
+  """
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0
+  return options
+
+
 class _Trainer:
   """What the loop holds while it runs; its methods are the loop's parts."""
 
@@ -341,7 +354,7 @@ class _Trainer:
       while self.step < total and not self.group.stop(self.step, signals.received):
         if train.profile_from and self.step + 1 == train.profile_from:
           drain()
-          jax.profiler.start_trace(self.workdir.file("profile"))
+          jax.profiler.start_trace(self.workdir.file("profile"), profiler_options=_traced())
           profiling = True
         begun = self.dispatch()
         drain()
