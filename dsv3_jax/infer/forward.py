@@ -14,49 +14,85 @@ Rows may have different numbers of new tokens: of row b the first `new_B[b]` of 
 are computed with and thrown away; they reach neither the cache nor other rows.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, ops
 from dsv3_jax.infer import cache as cache_lib
-from dsv3_jax.infer import matmul
+from dsv3_jax.infer import ffn, matmul
 from dsv3_jax.infer.cache import Cache
-from dsv3_jax.infer.parameters import FFN, Attention, Experts, Layer, Parameters
-from dsv3_jax.model import layers, moe, rope, routing
+from dsv3_jax.infer.parameters import Attention, Experts, Layer, Parameters
+from dsv3_jax.model import layers, rope, routing
 
 
 def forward(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.Array,
-            cfg: config.Model, runtime: config.Runtime = config.Runtime(), fresh: bool = False
-            ) -> tuple[jax.Array, jax.Array, Cache]:
+            cfg: config.Model, runtime: config.Runtime = config.Runtime(), fresh: bool = False,
+            halves: bool = False) -> tuple[jax.Array, jax.Array, Cache]:
   """The main model over new tokens.
 
   Args:
-    weights: of `parameters.prepare`; their dtype is the computation's.
+    weights: of `parameters.prepare`, or `slots.place`; their dtype is the computation's.
     cache: the past. Layers of MTP modules are passed through.
     tokens_BT: int; row b's first new_B[b] tokens are new, the rest anything in the vocabulary.
     new_B: int32, from 0 to T, at most what the cache has room for.
     cfg: the model.
     runtime: implementations.
     fresh: static; the cache is empty: attention is computed expanded.
+    halves: static; two micro-batches, layer by layer: one's tokens travel to their experts while
+      the other attends (report 3.4). The cache is paged.
 
   Returns:
     h [B, T, D] before the final norm; fp32 [MoE layers, E], tokens that each expert got; and the
     cache, its lengths advanced by new_B.
   """
-  T = tokens_BT.shape[1]
-  position_BT = cache.lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-  turns = rope.rope_table(cfg.attention, position_BT)
-  valid_P = (jnp.arange(T) < new_B[:, None]).reshape(-1)
-  x_BTD = jnp.take(weights.embedding_VD, tokens_BT, axis=0)
+  parts, axis = [_Part(tokens_BT, new_B, cache, fresh)], 0
+  if halves and tokens_BT.size > 1:
+    parts, axis = _halves(tokens_BT, new_B, cache, fresh)
+  x = [jnp.take(weights.embedding_VD, part.tokens_BT, axis=0) for part in parts]
+  turns = [rope.rope_table(cfg.attention, part.cache.lengths_B[:, None]
+                           + jnp.arange(part.tokens_BT.shape[1], dtype=jnp.int32))
+           for part in parts]
   kept, counts = list(cache.layers), []
   for i, layer in enumerate(weights.layers):
+    count_E = []
     with jax.named_scope(f"layer_{i}"):
-      x_BTD, kept[i], expert_PA = block(x_BTD, layer, kept[i], cache, turns, new_B, cfg, runtime,
-                                        fresh)
-    if expert_PA is not None:
-      counts.append(routing.expert_counts(expert_PA, cfg.moe.experts, valid_P))
+      for j, part in enumerate(parts):
+        x[j], kept[i], expert_PA = block(x[j], layer, kept[i], part.cache, turns[j], part.new_B,
+                                         cfg, runtime, part.fresh)
+        if expert_PA is not None:
+          valid_P = _valid(part.new_B, part.tokens_BT.shape[1])
+          count_E.append(routing.expert_counts(expert_PA, cfg.moe.experts, valid_P))
+    if count_E:
+      counts.append(sum(count_E))
   counts_LE = jnp.stack(counts) if counts else jnp.zeros((0, cfg.moe.experts))
-  return x_BTD, counts_LE, Cache(tuple(kept), cache.lengths_B + new_B, cache.pages_BN)
+  return (jnp.concatenate(x, axis), counts_LE,
+          Cache(tuple(kept), cache.lengths_B + new_B, cache.pages_BN))
+
+
+class _Part(NamedTuple):
+  """A micro-batch; of its cache, lengths and pages are read."""
+
+  tokens_BT: jax.Array
+  new_B: jax.Array
+  cache: Cache
+  fresh: bool
+
+
+def _halves(tokens_BT, new_B, cache: Cache, fresh: bool) -> tuple[list[_Part], int]:
+  """Two micro-batches, and the axis that was cut: the rows if there are several, or the tokens, of
+  which the later ones find the earlier ones in the cache."""
+  assert cache.pages_BN is not None
+  B, T = tokens_BT.shape
+  if B > 1:
+    return [_Part(tokens_BT[at], new_B[at],
+                  Cache(cache.layers, cache.lengths_B[at], cache.pages_BN[at]), fresh)
+            for at in (slice(None, B // 2), slice(B // 2, None))], 0
+  first_B = jnp.minimum(new_B, T // 2)
+  later = Cache(cache.layers, cache.lengths_B + first_B, cache.pages_BN)
+  return [_Part(tokens_BT[:, :T // 2], first_B, cache, fresh),
+          _Part(tokens_BT[:, T // 2:], new_B - first_B, later, False)], 1
 
 
 def readout(weights: Parameters, h: jax.Array, cfg: config.Model) -> jax.Array:
@@ -91,10 +127,15 @@ def block(x_BTD: jax.Array, w: Layer, cached: jax.Array, cache: Cache,
   x_BTD = x_BTD + y_BTD
   h_PD = layers.rms_norm(x_BTD, w.ffn_norm_D, cfg.norm_eps).reshape(-1, x_BTD.shape[-1])
   if isinstance(w.ffn, Experts):
-    y_PD, expert_PA = _experts(h_PD, w.ffn, cfg.moe, runtime)
+    y_PD, expert_PA = ffn.experts(h_PD, w.ffn, _valid(new_B, x_BTD.shape[1]), cfg.moe, runtime)
   else:
-    y_PD, expert_PA = _swiglu(h_PD, w.ffn, runtime), None
+    y_PD, expert_PA = ffn.swiglu(h_PD, w.ffn, runtime), None
   return x_BTD + y_PD.reshape(x_BTD.shape), cached, expert_PA
+
+
+def _valid(new_B: jax.Array, T: int) -> jax.Array:
+  """Which positions are new tokens, bool [P]."""
+  return (jnp.arange(T) < new_B[:, None]).reshape(-1)
 
 
 def _attention(x_BTD, w: Attention, cached, cache: Cache, turns, new_B, cfg: config.Attention,
@@ -134,21 +175,3 @@ def _later(x: jax.Array, by_B: jax.Array) -> jax.Array:
     return x
   where_BT = jnp.clip(jnp.arange(T) - by_B[:, None], 0, T - 1)
   return jnp.take_along_axis(x, where_BT[:, :, None, None], axis=1)
-
-
-def _swiglu(x_PD: jax.Array, w: FFN, runtime: config.Runtime) -> jax.Array:
-  gate, up = matmul.split_gate(matmul.linear(x_PD, w.w_in_DF, runtime))
-  return matmul.linear(layers.swiglu(gate, up), w.w_out_FD, runtime)
-
-
-def _experts(x_PD: jax.Array, w: Experts, cfg: config.MoE, runtime: config.Runtime
-             ) -> tuple[jax.Array, jax.Array]:
-  """[P, D], and the experts of each token, int32 [P, A]."""
-  routed = routing.route(x_PD, w.w_router_DE, w.bias_E, cfg)
-  p = moe.plan(routed.expert_PA, cfg.experts, matmul.block_rows(
-      routed.expert_PA.size, cfg.experts, runtime))
-  gate, up = matmul.split_gate(matmul.grouped(moe.spread(x_PD, p), w.w_in_EDF, p, runtime))
-  gate_M = moe.spread_gates(routed.gate_PA, p).astype(x_PD.dtype)
-  y_MD = matmul.grouped(layers.swiglu(gate, up) * gate_M[:, None], w.w_out_EFD, p, runtime)
-  y_PD = moe.collect(y_MD, p)
-  return (y_PD if w.shared is None else y_PD + _swiglu(x_PD, w.shared, runtime)), routed.expert_PA
