@@ -38,13 +38,15 @@ class FFN(NamedTuple):
 
 
 class Experts(NamedTuple):
-  """MoE feed-forward."""
+  """MoE feed-forward; with `slots` (`infer/slots.py`) weights lead with slots in place of experts.
+  """
 
   w_router_DE: jax.Array
   bias_E: jax.Array  # fp32
   w_in_EDF: jax.Array  # [E, D, 2 F]
   w_out_EFD: jax.Array
   shared: FFN | None
+  slots: Any = None
 
 
 class Layer(NamedTuple):
