@@ -9,10 +9,14 @@ A step admits what waits, runs one chunk of one prompt, and one short run of dec
 requests that have their prompt behind them. So a long prompt delays the others by a chunk at a
 time, prompts take turns, and a request joins and leaves the batch between any two steps.
 
-Pages are taken as a request grows. Where none is left the youngest request gives its pages back and
-goes to the head of the queue; it is run again over what it had, much of which its pages may still
-hold, and its draws, which depend on seed and place alone, are the same but for rounding. The oldest
-request always goes on, so all come to an end.
+Where the model runs on several devices, each has requests and pages of its own (`infer/rank.py`),
+and all run each step together: a chunk of one prompt each, then a run of decoding. A request stays
+with the device that it was admitted to. Whoever waits longest is admitted first, to the device
+where its first token will come soonest.
+
+A request that had to give its pages back goes to the head of the queue; it is run again over what
+it had, much of which its pages may still hold, and its draws, which depend on seed and place alone,
+are the same but for rounding.
 
 What is compiled, and for which sizes, is in `infer/batches.py`. The engine belongs to one thread,
 which calls `step`; `submit` and `Job.cancel` may be called by any.
@@ -22,7 +26,7 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,8 +35,8 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.infer import decode
 from dsv3_jax.infer.batches import Batches, Settings
-from dsv3_jax.infer.pages import Pages
 from dsv3_jax.infer.parameters import Parameters
+from dsv3_jax.infer.rank import Rank
 from dsv3_jax.infer.request import Event, Job, Request, Token
 
 _log = logging.getLogger(__name__)
@@ -52,14 +56,13 @@ class Engine:
   Args:
     cfg: the model.
     weights: of `parameters.prepare`.
-    settings: sizes.
+    settings: sizes; pages and running requests are of each device.
     runtime: implementations.
     cache_dtype: of the cache; "": the weights'.
     stop: tokens that end any request.
     vocabulary: ids from here on only pad the model's vocabulary and are never drawn; 0: none.
 
   Attributes:
-    pages: the cache's pages.
     totals: counts since the start: requests by how they ended ("stop", ...), "prompt" and "new"
       tokens, "shared" (of prompts, found in the cache), "steps", "preempted".
   """
@@ -68,16 +71,14 @@ class Engine:
                runtime: config.Runtime = config.Runtime(), cache_dtype: str = "",
                stop: frozenset[int] = frozenset(), vocabulary: int = 0):
     self.cfg, self.settings = cfg, settings
-    self.pages = Pages(settings.pages, settings.page_size, settings.share)
     self._batches = Batches(cfg, weights, settings, runtime, cache_dtype, stop, vocabulary)
     self._stop = stop
     self.totals: collections.Counter[str] = collections.Counter()
     self._lock = threading.Lock()
     self._news = threading.Condition(self._lock)
     self._inbox: collections.deque[Job] = collections.deque()
-    self._waiting: collections.deque[Job] = collections.deque()
-    self._prompts: collections.deque[Job] = collections.deque()  # admitted, prompt not yet run
-    self._writing: list[Job] = []  # oldest first
+    self._waiting: list[Job] = []  # oldest first
+    self._ranks = self._empty()
     self._closed = False
 
   # --- for any thread
@@ -116,8 +117,14 @@ class Engine:
     """Requests now: "waiting", "prompt" (being run) and "writing"; "pages" in use."""
     with self._lock:
       waiting = len(self._inbox) + len(self._waiting)
-    return {"waiting": waiting, "prompt": len(self._prompts), "writing": len(self._writing),
-            "pages": self.pages.count - self.pages.free}
+    return {"waiting": waiting, "prompt": sum(len(rank.prompts) for rank in self._ranks),
+            "writing": sum(len(rank.writing) for rank in self._ranks),
+            "pages": sum(rank.pages.count - rank.pages.free for rank in self._ranks)}
+
+  @property
+  def pages(self) -> int:
+    """Pages of the cache, of all devices."""
+    return sum(rank.pages.count for rank in self._ranks)
 
   # --- the engine's thread
 
@@ -148,120 +155,117 @@ class Engine:
       self._inbox.clear()
       self._waiting.clear()
     live = self._live()
-    self._prompts.clear()
-    self._writing.clear()
+    self._ranks = self._empty()
     for job in (*live, *waiting):
       self._end(job, "error", error)
 
   def _live(self) -> list[Job]:
-    """All that have pages, oldest first."""
-    return sorted([*self._prompts, *self._writing], key=lambda job: job.submitted)
+    """All that have pages."""
+    return [job for rank in self._ranks for job in rank.live]
+
+  def _empty(self) -> list[Rank]:
+    return [Rank(number, self.settings) for number in range(self._batches.ranks)]
 
   def _reset(self) -> None:
-    s = self.settings
-    self.pages = Pages(s.pages, s.page_size, s.share)
-    self._prompts.clear()
-    self._writing.clear()
+    self._ranks = self._empty()
     self._batches.reset()
 
   def _step(self) -> bool:
-    with self._lock:
-      self._waiting.extend(self._inbox)
-      self._inbox.clear()
+    self._hear()
     for job in [j for j in (*self._waiting, *self._live()) if j.cancelled]:
       self._leave(job)
       self._end(job, job.cancelled)
     self._admit()
-    if not self._prompts and not self._writing:
+    did = self._read()
+    did = self._write() or did
+    self.totals["steps"] += did
+    return did
+
+  def _hear(self) -> None:
+    """Takes what has come."""
+    with self._lock:
+      if self._inbox:
+        # Whoever had to give its pages back is older than all that wait.
+        self._waiting = sorted([*self._waiting, *self._inbox], key=lambda job: job.submitted)
+        self._inbox.clear()
+
+  def _post(self, job: Job) -> None:
+    with self._lock:
+      self._inbox.append(job)
+      self._news.notify()
+
+  def _admit(self) -> list[Job]:
+    """Gives pages to those that wait, in their order; returns who got some."""
+    admitted = []
+    while self._waiting:
+      job = self._waiting[0]
+      if not any(rank.admit(job) for rank in sorted(self._ranks, key=lambda r: r.cost(job))):
+        break
+      self.totals["shared"] += job.written
+      with self._lock:
+        admitted.append(self._waiting.pop(0))
+    return admitted
+
+  def _read(self) -> bool:
+    """Runs a chunk of a prompt on each device; draws a token after the last one."""
+    if not any(rank.prompts for rank in self._ranks):
       return False
-    self.totals["steps"] += 1
-    if self._prompts:
-      self._read(self._prompts[0])
-    if self._writing:
-      self._write()
+    jobs = [rank.prompts[0] if rank.prompts else None for rank in self._ranks]
+    jobs = [job if job and self._set_bias(job) else None for job in jobs]
+    if not any(jobs):
+      return True
+    parts = [job.whole[job.written:job.written + self.settings.chunk] if job else ()
+             for job in jobs]
+    new = self._batches.read(jobs, parts)
+    done = []
+    for row, (rank, job, part) in enumerate(zip(self._ranks, jobs, parts, strict=True)):
+      if job is None:
+        continue
+      job.written += len(part)
+      self.totals["prompt"] += len(part)
+      rank.publish(job)
+      if job.written == job.length:
+        rank.write(job)
+        done.append((row, job))
+      else:
+        rank.prompts.rotate(-1)
+    # Or the host would hand over all of a long prompt, and what comes next wait for it.
+    jax.block_until_ready(new)
+    self._deliver(done, new)
     return True
 
-  def _admit(self) -> None:
-    size = self.settings.page_size
-    while self._waiting and len(self._prompts) + len(self._writing) < self.settings.running:
-      job, whole = self._waiting[0], self._waiting[0].whole
-      self._name(job)
-      # The last token must be run for what comes after it.
-      job.pages = self.pages.find(job.names[:(len(whole) - 1) // size])
-      # One page more for each that writes: what is admitted should not be thrown out at once.
-      need = len(whole) // size + 1 - len(job.pages)
-      taken = self.pages.take(need) if self.pages.free >= need + len(self._writing) else None
-      if taken is None:
-        self.pages.release(job.pages)
-        job.pages = []
-        if self._prompts or self._writing:
-          return
-        raise RuntimeError(f"{self.pages.free} of {self.pages.count} pages are free with nothing "
-                           "under way")
-      job.written = job.published = len(job.pages)
-      job.written *= size
-      job.pages += taken
-      self.totals["shared"] += job.written
-      self._waiting.popleft()
-      self._prompts.append(job)
-
-  def _read(self, job: Job) -> None:
-    """Runs a chunk of a prompt; draws a token after the last one."""
-    if not self._set_bias(job):
-      return
-    whole = job.whole
-    part = whole[job.written:job.written + self.settings.chunk]
-    new = self._batches.read([job], [part])
-    job.written += len(part)
-    self.totals["prompt"] += len(part)
-    self._publish(job)
-    self._prompts.popleft()
-    if job.written == len(whole):
-      self._writing.append(job)
-      self._writing.sort(key=lambda j: j.submitted)
-      self._deliver([job], new)
-    else:
-      self._prompts.append(job)
-      # Or the host would hand over all of a long prompt, and what comes next wait for it.
-      jax.block_until_ready(new)
-
-  def _write(self) -> None:
+  def _write(self) -> bool:
     """A short run of decoding for all that write."""
-    run = self.settings.run
-    if self._prompts or any(job.stepwise for job in self._writing):
+    if not any(rank.writing for rank in self._ranks):
+      return False
+    busy = any(rank.prompts for rank in self._ranks)
+    if busy or any(job.stepwise for rank in self._ranks for job in rank.writing):
       run = 1
-    self._grow(run)
-    jobs = [job for job in list(self._writing) if self._set_bias(job)]
-    if not jobs:
-      return
-    self._deliver(jobs, self._batches.write([jobs], run)[0])
-
-  def _grow(self, run: int) -> None:
-    """Gives each that writes, oldest first, pages for what it is about to write."""
-    for job in list(self._writing):
-      if job not in self._writing:
-        continue  # gave its pages back
-      need = -(-(job.written + min(run, job.left)) // self.settings.page_size) - len(job.pages)
-      while need > 0:
-        taken = self.pages.take(need)
-        if taken is not None:
-          job.pages += taken
-          break
-        youngest = self._live()[-1]
-        self._leave(youngest)
-        youngest.preempted += 1
+    else:
+      run = self.settings.run
+    for rank in self._ranks:
+      for job in rank.grow(run):
+        job.preempted += 1
         self.totals["preempted"] += 1
-        with self._lock:
-          self._waiting.appendleft(youngest)
-        if youngest is job:
-          break
+        self._again(job)
+    jobs = [[job for job in list(rank.writing) if self._set_bias(job)] for rank in self._ranks]
+    if not any(jobs):
+      return True
+    new, rows = self._batches.write(jobs, run)
+    self._deliver([(rank * rows + i, job) for rank, some in enumerate(jobs)
+                   for i, job in enumerate(some)], new)
+    return True
 
-  def _deliver(self, jobs: list[Job], new: decode.New) -> None:
-    """Gives each job its tokens."""
+  def _again(self, job: Job) -> None:
+    """Lets a job that lost its pages begin again."""
+    self._post(job)
+
+  def _deliver(self, jobs: Sequence[tuple[int, Job]], new: decode.New) -> None:
+    """Gives each job the tokens of its row."""
     count_NB, tokens_NB, logprobs_NB, tops_NBX, top_logprobs_NBX = (
         np.asarray(x) if i == 0 else np.asarray(x)[:, :, 0] for i, x in enumerate(new))
     now = time.monotonic()
-    for b, job in enumerate(jobs):
+    for b, job in jobs:
       fresh, finish, error = [], "", ""
       for n in range(int(count_NB[:, b].sum())):
         token = int(tokens_NB[n, b])
@@ -281,7 +285,7 @@ class Engine:
         if not job.left:
           finish = "length"
           break
-      job.written = len(job.whole) - 1
+      job.written = job.length - 1
       self.totals["new"] += len(fresh)
       if job.first is None and (fresh or finish):
         job.first = now
@@ -289,23 +293,8 @@ class Engine:
         self._leave(job)
         self._end(job, finish, error, tuple(fresh))
       elif fresh:
-        self._publish(job)
+        self._ranks[job.rank].publish(job)
         self._say(job, Event(tuple(fresh)))
-
-  def _publish(self, job: Job) -> None:
-    """Lets others find the pages that were filled."""
-    full = job.written // self.settings.page_size
-    if full > len(job.names):
-      self._name(job)
-    for i in range(job.published, full):
-      self.pages.publish(job.pages[i], job.names[i])
-    job.published = max(job.published, full)
-
-  def _name(self, job: Job) -> None:
-    """Makes the names of its full pages, unless it has them."""
-    whole = job.whole
-    if job.named < len(whole):
-      job.names, job.named = self.pages.names(whole), len(whole)
 
   def _set_bias(self, job: Job) -> bool:
     """Makes the job's bias for its next token; ends it, and returns False, if that fails."""
@@ -322,11 +311,10 @@ class Engine:
   def _leave(self, job: Job) -> None:
     """Takes a job out of whatever it is in, and its pages from it."""
     with self._lock:
-      for place in (self._waiting, self._prompts, self._writing):
-        if job in place:
-          place.remove(job)
-    self.pages.release(job.pages)
-    job.pages, job.written, job.published = [], 0, 0
+      if job in self._waiting:
+        self._waiting.remove(job)
+        return
+    self._ranks[job.rank].leave(job)
 
   def _end(self, job: Job, finish: str, error: str = "", tokens: tuple[Token, ...] = ()) -> None:
     job.finish, job.ended = finish, time.monotonic()

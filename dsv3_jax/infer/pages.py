@@ -53,14 +53,13 @@ class Pages:
       found.append(name)
     return found
 
+  def known(self, names: Sequence[bytes]) -> int:
+    """How many pages at the beginning of a sequence are known, given the names of its pages."""
+    return next((i for i, name in enumerate(names) if name not in self._known), len(names))
+
   def find(self, names: Sequence[bytes]) -> list[int]:
-    """Takes the known pages at the beginning of a sequence, given the names of its pages."""
-    found: list[int] = []
-    for name in names if self._share else ():
-      page = self._known.get(name)
-      if page is None:
-        break
-      found.append(page)
+    """Takes the known pages at the beginning of a sequence."""
+    found = [self._known[name] for name in names[:self.known(names)]]
     for page in found:
       self._idle.pop(page, None)
       self._users[page] += 1

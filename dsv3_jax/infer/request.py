@@ -133,6 +133,7 @@ class Job:
     self.ended: float | None = None
     self.preempted = 0
     self.cancelled = ""
+    self.rank = 0  # whose pages it has
     self.pages: list[int] = []
     self.written = 0  # tokens in the cache
     self.published = 0  # pages that others may find
@@ -146,6 +147,11 @@ class Job:
   def whole(self) -> list[int]:
     """Prompt and what was written."""
     return [*self.request.prompt, *self.tokens]
+
+  @property
+  def length(self) -> int:
+    """Tokens of prompt and what was written."""
+    return len(self.request.prompt) + len(self.tokens)
 
   @property
   def left(self) -> int:

@@ -68,6 +68,6 @@ class _Engine:
         ("requests_waiting", "Requests in the queue", now["waiting"]),
         ("requests_running", "Requests under way", now["prompt"] + now["writing"]),
         ("cache_pages_used", "Pages of the cache in use", now["pages"]),
-        ("cache_pages", "Pages of the cache", engine.pages.count),
+        ("cache_pages", "Pages of the cache", engine.pages),
         ("up", "Whether the engine runs", float(self._worker.alive))):
       yield GaugeMetricFamily(f"dsv3_{name}", text, value=value)
