@@ -29,8 +29,9 @@ def jit(f, **kwargs):
 
 def generation(patch):
   """Lets `infer.decode` compile its functions like this, for a `pytest.MonkeyPatch`."""
-  from dsv3_jax.infer import decode
+  from dsv3_jax.infer import decode, spmd
 
   for name, static, donated in (("prefill", "fresh", "cache"), ("run", "most", "state")):
     patch.setattr(decode, name, jit(getattr(decode, name).__wrapped__, donate_argnames=(donated,),
-                                    static_argnames=("drafts", "cfg", "runtime", "tops", static)))
+                                    static_argnames=(*decode.STATIC, static)))
+  patch.setattr(spmd, "jit", jit)

@@ -3,19 +3,25 @@
 A batch is *plain* if logits, temperatures and truncation decide about every token in it; otherwise
 penalties, biases and alternatives are computed for all. So there are two programs a size of
 decoding, and one (with everything) a size of a prompt's chunk, which `warm` compiles.
+
+Over a mesh each device is a *rank* with jobs and pages of its own, and all run at once (`spmd.py`):
+a rank without anything to do has empty rows. Every `settings.window` seconds the load of the
+experts is looked at, and experts move to where it is (`balance.py`).
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
+from dsv3_jax.infer import balance, decode, sampler, slots, spmd
 from dsv3_jax.infer import cache as cache_lib
-from dsv3_jax.infer import decode, sampler
 from dsv3_jax.infer.cache import Cache
 from dsv3_jax.infer.parameters import Parameters
 from dsv3_jax.infer.request import TOPS, Job
@@ -36,6 +42,9 @@ class Settings:
     run: tokens that each request writes in a step, where no prompt waits.
     queue: requests that may wait; more are refused.
     share: whether requests share the pages of a common beginning.
+    halves: whether decoding and chunks run as two micro-batches, one's tokens on their way to
+      experts while the other attends.
+    window: seconds between two looks at the experts' load; 0: none.
   """
 
   pages: int = 512
@@ -46,6 +55,8 @@ class Settings:
   run: int = 4
   queue: int = 1024
   share: bool = True
+  halves: bool = False
+  window: float = 0.0
 
   def __post_init__(self):
     for name in ("pages", "page_size", "running", "chunk", "run", "queue"):
@@ -67,23 +78,33 @@ class Batches:
 
   Args:
     cfg: the model.
-    weights: of `parameters.prepare`.
+    weights: of `parameters.prepare`; over a mesh of `slots.place`.
     settings: sizes.
-    runtime: implementations.
+    runtime: implementations; `runtime.mesh` is that of the mesh.
     cache_dtype: of the cache; "": the weights'.
     stop: tokens that end any request.
     vocabulary: ids from here on only pad the model's vocabulary and are never drawn; 0: none.
+    mesh: devices; None: the one that the weights are on.
+    expert_LI: of a mesh, the expert of each slot of each MoE layer.
 
   Attributes:
     ranks: devices that have sequences of their own, each with `settings.pages` pages and up to
       `settings.running` jobs that decode.
+    balancer: of a mesh, or None.
+    on_load: called with the experts' load of each window, fp64 [MoE layers, E] tokens.
   """
 
   def __init__(self, cfg: config.Model, weights: Parameters, settings: Settings,
-               runtime: config.Runtime, cache_dtype: str, stop: frozenset[int], vocabulary: int):
-    self.ranks = 1
-    self._cfg, self._weights, self._settings = cfg, weights, settings
-    self._call: dict[str, Any] = dict(drafts=0, cfg=cfg, runtime=runtime)
+               runtime: config.Runtime, cache_dtype: str, stop: frozenset[int], vocabulary: int,
+               mesh: jax.sharding.Mesh | None = None, expert_LI: np.ndarray | None = None):
+    if mesh is not None and runtime.dispatch.overflow == "drop":
+      raise ConfigError("runtime.dispatch.overflow='drop' loses tokens; serve with 'rounds'")
+    self.ranks = 1 if mesh is None else mesh.size
+    self.balancer = None if mesh is None else balance.Balancer(cfg, weights, expert_LI, mesh)
+    self.on_load: Callable[[np.ndarray], Any] = lambda load_LE: None
+    self._functions = spmd.functions(mesh, None if mesh is None else slots.specs(weights))
+    self._cfg, self._own, self._settings, self._mesh = cfg, weights, settings, mesh
+    self._call: dict[str, Any] = dict(drafts=0, cfg=cfg, runtime=runtime, halves=settings.halves)
     self._dtype = cache_dtype or runtime.compute_dtype
     self._ends = np.array(sorted(stop), np.int32)
     self._tops = min(TOPS, cfg.vocab_size)
@@ -95,30 +116,43 @@ class Batches:
     self._sizes = [settings.chunk]
     while self._sizes[-1] // 2 >= _LEAST:
       self._sizes.append(self._sizes[-1] // 2)
+    self._looked = time.monotonic()
     self.reset()
 
+  @property
+  def weights(self) -> Parameters:
+    """As they are now."""
+    return self._own if self.balancer is None else self.balancer.weights
+
   def reset(self) -> None:
-    """An empty cache."""
+    """An empty cache, and no load."""
     s = self._settings
     self._layers: Any = ()  # two caches at once may be more than there is room for
     plain = config.replace(self._cfg, mtp_depth=0)  # no drafts, so no layers for their modules
-    made = cache_lib.make_paged(plain, 1, s.pages, s.page_size, 1, self._dtype)
-    # On a device for good, as what comes out of a step is: otherwise the first step compiles anew.
-    self._layers = jax.device_put(made.layers, min(
-        self._weights.final_norm_D.devices(), key=lambda d: d.id))
+    made = jax.eval_shape(lambda: cache_lib.make_paged(
+        plain, 1, self.ranks * s.pages, s.page_size, 1, self._dtype))
+    # On devices for good, as what comes out of a step is: otherwise the first step compiles anew.
+    device = min(self.weights.final_norm_D.devices(), key=lambda d: d.id)
+    on = lambda spec: device if self._mesh is None else jax.NamedSharding(self._mesh, spec)
+    self._layers = tuple(jnp.zeros(x.shape, x.dtype, device=on(spmd.ROWS)) for x in made.layers)
+    shape = (self._cfg.moe_layers, self._cfg.moe.experts)
+    self._load_LE = jnp.zeros(shape, device=on(jax.sharding.PartitionSpec()))
 
   def warm(self, say: Callable[[str], Any]) -> None:
     """Compiles all sizes; `say` hears of each."""
     for first in (True, False):
       for tokens in self._sizes:
         say(f"{'first' if first else 'later'} chunks of prompts, {tokens} tokens")
-        self._read([], [0] * tokens, 0, 1, first)
+        self._read([], [[0] * tokens], first)
     B = 1
     while B < 2 * self._settings.running:
-      say(f"decoding of {B} requests")
+      say(f"decoding of {B} requests" + (" on each device" if self.ranks > 1 else ""))
       for plain in (True, False):
         self._write([], B, 1, plain)
       B *= 2
+    if self.balancer is not None:
+      say("moving experts")
+      self.balancer.warm()
 
   def read(self, jobs: Sequence[Job | None], parts: Sequence[Sequence[int]]) -> decode.New:
     """Runs the next tokens of prompts, one of each rank; draws the one after each.
@@ -130,8 +164,7 @@ class Batches:
     Returns:
       Row r is rank r's.
     """
-    (job,), (part,) = jobs, parts
-    return self._read([job], part, len(part), job.left, job.written == 0)
+    return self._read(jobs, parts, all(job is None or job.written == 0 for job in jobs))
 
   def write(self, jobs: Sequence[Sequence[Job]], run: int) -> tuple[decode.New, int]:
     """Up to `run` steps of decoding for jobs whose prompts were run.
@@ -143,59 +176,77 @@ class Batches:
     Returns:
       What was drawn, and rows a rank: rank r's j-th job has row r * rows + j.
     """
-    (jobs,) = jobs
     B = 1
-    while B < len(jobs):
+    while B < max(map(len, jobs)):
       B *= 2
-    return self._write(jobs, B, run, all(job.plain for job in jobs)), B
+    rows = [job for of in jobs for job in (*of, *[None] * (B - len(of)))]
+    drawn = self._write(rows, B, run, all(job.plain for of in jobs for job in of))
+    self._tend()
+    return drawn, B
 
-  def _read(self, jobs: list[Job], part: Sequence[int], new: int, left: int, first: bool
+  def _tend(self) -> None:
+    """Looks at the experts' load if it is time, and lets the balancer go on."""
+    busy, now = self.balancer is not None and self.balancer.busy, time.monotonic()
+    if busy:
+      self.balancer.step()
+    elif self._settings.window and now >= self._looked + self._settings.window:
+      load_LE = np.asarray(self._load_LE, np.float64)
+      self._looked, self._load_LE = now, self._load_LE * 0
+      self.on_load(load_LE)
+      if self.balancer is not None:
+        self.balancer.rebalance(load_LE)
+
+  def _read(self, jobs: Sequence[Job | None], parts: Sequence[Sequence[int]], first: bool
             ) -> decode.New:
-    size = min(size for size in self._sizes if size >= len(part))
-    tokens_1T = np.zeros((1, size), np.int32)
-    tokens_1T[0, :len(part)] = part
-    state, drawn = decode.prefill(
-        self._weights, self._cache(jobs, 1), tokens_1T, np.array([new], np.int32), np.int32(left),
-        self._seen(jobs, 1), self._rows(jobs, 1), self._bias(jobs, 1), self._ends, **self._call,
-        tops=self._tops, fresh=first)
-    self._layers = state.cache.layers
+    size = min(size for size in self._sizes if size >= max(map(len, parts)))
+    tokens_BT, new_B = np.zeros((self.ranks, size), np.int32), np.zeros(self.ranks, np.int32)
+    for row, (job, part) in enumerate(zip(jobs, parts)):
+      tokens_BT[row, :len(part)] = part
+      new_B[row] = len(part) if job is not None else 0
+    rows = [*jobs, *[None] * (self.ranks - len(jobs))]
+    state, drawn = self._functions.prefill(
+        self.weights, self._cache(rows), tokens_BT, new_B, np.int32(1), self._seen(rows),
+        self._rows(rows), self._bias(rows), self._ends, **self._call, tops=self._tops, fresh=first)
+    self._layers, self._load_LE = state.cache.layers, self._load_LE + state.counts_LE
     return drawn
 
-  def _write(self, jobs: list[Job], B: int, run: int, plain: bool) -> decode.New:
-    column = lambda values: np.array([*values, *[0] * (B - len(jobs))], np.int32)
-    left_B = column([job.left for job in jobs])
-    state = decode.State(self._cache(jobs, B), column([job.tokens[-1] for job in jobs]), left_B,
-                         None if plain else self._seen(jobs, B), None)
-    state, drawn = decode.run(
-        self._weights, state, left_B > 0, self._rows(jobs, B),
-        self._forbidden_V if plain else self._bias(jobs, B), self._ends, np.int32(run),
+  def _write(self, jobs: Sequence[Job | None], B: int, run: int, plain: bool) -> decode.New:
+    rows = [*jobs, *[None] * (self.ranks * B - len(jobs))]
+    column = lambda of: np.array([0 if job is None else of(job) for job in rows], np.int32)
+    left_B = column(lambda job: job.left)
+    state = decode.State(self._cache(rows), column(lambda job: job.tokens[-1]), left_B,
+                         None if plain else self._seen(rows), None, self._load_LE)
+    state, drawn = self._functions.run(
+        self.weights, state, left_B > 0, self._rows(rows),
+        self._forbidden_V if plain else self._bias(rows), self._ends, np.int32(run),
         most=self._settings.run, **self._call, tops=0 if plain else self._tops)
-    self._layers = state.cache.layers
+    self._layers, self._load_LE = state.cache.layers, state.counts_LE
     return drawn
 
-  def _rows(self, jobs: list[Job], B: int) -> sampler.Rows:
-    padding = [sampler.GREEDY] * (B - len(jobs))
-    return sampler.rows([job.request.sampling for job in jobs] + padding)
+  def _rows(self, rows: Sequence[Job | None]) -> sampler.Rows:
+    return sampler.rows([sampler.GREEDY if job is None else job.request.sampling for job in rows])
 
-  def _cache(self, jobs: list[Job], B: int) -> Cache:
-    pages_BN, lengths_B = np.zeros((B, self._table), np.int32), np.zeros(B, np.int32)
-    for b, job in enumerate(jobs):
-      pages_BN[b, :len(job.pages)] = job.pages
-      lengths_B[b] = job.written
+  def _cache(self, rows: Sequence[Job | None]) -> Cache:
+    pages_BN = np.zeros((len(rows), self._table), np.int32)
+    lengths_B = np.zeros(len(rows), np.int32)
+    for b, job in enumerate(rows):
+      if job is not None:
+        pages_BN[b, :len(job.pages)] = job.pages
+        lengths_B[b] = job.written
     return Cache(self._layers, lengths_B, pages_BN)
 
-  def _seen(self, jobs: list[Job], B: int) -> np.ndarray:
-    seen_BV = np.zeros((B, self._cfg.vocab_size), bool)
-    for b, job in enumerate(jobs):
-      if job.request.sampling.repetition_penalty != 1:
+  def _seen(self, rows: Sequence[Job | None]) -> np.ndarray:
+    seen_BV = np.zeros((len(rows), self._cfg.vocab_size), bool)
+    for b, job in enumerate(rows):
+      if job is not None and job.request.sampling.repetition_penalty != 1:
         seen_BV[b, job.whole] = True
     return seen_BV
 
-  def _bias(self, jobs: list[Job], B: int) -> np.ndarray:
-    bias_BV = np.zeros((B, self._cfg.vocab_size), np.float32)
+  def _bias(self, rows: Sequence[Job | None]) -> np.ndarray:
+    bias_BV = np.zeros((len(rows), self._cfg.vocab_size), np.float32)
     if self._forbidden_V is not None:
       bias_BV += self._forbidden_V
-    for b, job in enumerate(jobs):
-      if job.bias_V is not None:
+    for b, job in enumerate(rows):
+      if job is not None and job.bias_V is not None:
         bias_BV[b] += job.bias_V
     return bias_BV

@@ -4,6 +4,9 @@ A round takes each row's newest token, which is in no cache yet, and K drafts of
 (`infer/draft.py`), runs the main model over these K + 1 tokens at once, and keeps of the drafts
 what stands (`infer/verify.py`): from 1 to K + 1 new tokens. Without drafts it is a plain decode
 step. What a rejected draft left in the cache lies beyond the row's length and is written over.
+
+Over several devices (`infer/spmd.py`) each has rows of its own and runs the same rounds, as long as
+any row anywhere has tokens left.
 """
 
 import functools
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
+from dsv3_jax import config, ops
 from dsv3_jax.infer import draft as draft_lib
 from dsv3_jax.infer import forward as forward_lib
 from dsv3_jax.infer import sampler, verify
@@ -31,6 +34,7 @@ class State(NamedTuple):
     left_B: int32, tokens that a row may still draw; none are drawn once a stop token was.
     seen_BV: bool, for the repetition penalty, or None.
     tail: for drafts, or None.
+    counts_LE: fp32, tokens that each expert of each MoE layer has had, on all devices together.
   """
 
   cache: Cache
@@ -38,6 +42,7 @@ class State(NamedTuple):
   left_B: jax.Array
   seen_BV: jax.Array | None
   tail: Tail | None
+  counts_LE: jax.Array
 
 
 class New(NamedTuple):
@@ -53,12 +58,15 @@ class New(NamedTuple):
   top_logprobs_NBTX: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("drafts", "cfg", "runtime", "tops", "fresh"),
-                   donate_argnames=("cache",))
+STATIC = ("drafts", "cfg", "runtime", "tops", "axes", "halves")
+
+
+@functools.partial(jax.jit, static_argnames=(*STATIC, "fresh"), donate_argnames=("cache",))
 def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.Array,
             most: jax.Array, seen_BV: jax.Array | None, r: Rows, bias: jax.Array | None,
             stop_S: jax.Array, *, drafts: int, cfg: config.Model, runtime: config.Runtime,
-            tops: int = 0, fresh: bool = True) -> tuple[State, New]:
+            tops: int = 0, fresh: bool = True, axes: tuple[str, ...] = (), halves: bool = False
+            ) -> tuple[State, New]:
   """Prompts, or chunks of them, into the cache, and the token after each.
 
   Args:
@@ -74,9 +82,12 @@ def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.
     cfg, runtime: the model and implementations.
     tops: X, likeliest tokens to give with each one drawn.
     fresh: the cache is empty; drafts want it to be.
+    axes: mesh axes whose devices have rows of their own, inside shard_map.
+    halves: run two micro-batches, see `forward`.
   """
-  assert fresh or not drafts
-  h_BTD, _, cache = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime, fresh)
+  assert not drafts or fresh and not halves
+  h_BTD, counts_LE, cache = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime,
+                                                fresh, halves)
   logits_BV = forward_lib.readout(weights, forward_lib.last(h_BTD, new_B), cfg)
   scores_BV = sampler.scores(logits_BV, r, seen_BV, _each(bias))
   token_B = sampler.draw(scores_BV, r.seed_B, cache.lengths_B)
@@ -87,43 +98,53 @@ def prefill(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.
   tokens_BT = token_B[:, None]
   left_B = _left(most, count_B, tokens_BT, stop_S)
   new = New(count_B, tokens_BT, *_said(logits_BV[:, None], tokens_BT, tops))
-  return (State(cache, token_B, left_B, _marked(seen_BV, tokens_BT, count_B), tail),
+  state = State(cache, token_B, left_B, _marked(seen_BV, tokens_BT, count_B), tail,
+                _everywhere(counts_LE, axes))
+  return (state,
           jax.tree.map(lambda x: x[None], new))
 
 
-@functools.partial(jax.jit, static_argnames=("most", "drafts", "cfg", "runtime", "tops"),
-                   donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=(*STATIC, "most"), donate_argnames=("state",))
 def run(weights: Parameters, state: State, alive_B: jax.Array, r: Rows, bias: jax.Array | None,
         stop_S: jax.Array, count: jax.Array, *, most: int, drafts: int, cfg: config.Model,
-        runtime: config.Runtime, tops: int = 0) -> tuple[State, New]:
+        runtime: config.Runtime, tops: int = 0, axes: tuple[str, ...] = (), halves: bool = False
+        ) -> tuple[State, New]:
   """Up to `count` <= `most` rounds, fewer when no row has tokens left to draw.
 
   Args:
     weights: the model's.
     state: donated.
     alive_B: bool; other rows draw no more.
-    r, bias, stop_S, drafts, cfg, runtime, tops: as for `prefill`.
+    r, bias, stop_S, drafts, cfg, runtime, tops, axes, halves: as for `prefill`.
     count: rounds.
     most: N, rounds that there is room for in the result.
   """
-  B, T = state.token_B.shape[0], drafts + 1
-  state = state._replace(left_B=jnp.where(alive_B, state.left_B, 0))
+  assert not (drafts and halves)
+  B, T, before_LE = state.token_B.shape[0], drafts + 1, state.counts_LE
+  zeros = lambda shape, dtype=jnp.float32: ops.varying_zeros(shape, dtype, state.token_B)
+  state = state._replace(left_B=jnp.where(alive_B, state.left_B, 0),
+                         counts_LE=zeros(before_LE.shape))
+  more = lambda state: _everywhere(jnp.sum(state.left_B > 0), axes) > 0
 
   def step(carry):
-    i, state, new = carry
-    state, one = _round(weights, state, r, bias, stop_S, drafts, cfg, runtime, tops)
-    return i + 1, state, jax.tree.map(lambda all, x: all.at[i].set(x), new, one)
+    i, _, state, new = carry
+    state, one = _round(weights, state, r, bias, stop_S, drafts, cfg, runtime, tops, halves)
+    new = jax.tree.map(lambda all, x: all.at[i].set(x), new, one)
+    return i + 1, more(state), state, new
 
-  empty = New(jnp.zeros((most, B), jnp.int32), jnp.zeros((most, B, T), jnp.int32),
-              jnp.zeros((most, B, T)), jnp.zeros((most, B, T, tops), jnp.int32),
-              jnp.zeros((most, B, T, tops)))
-  _, state, new = jax.lax.while_loop(lambda c: (c[0] < count) & (c[1].left_B > 0).any(), step,
-                                     (jnp.int32(0), state, empty))
-  return state, new
+  empty = New(zeros((most, B), jnp.int32), zeros((most, B, T), jnp.int32), zeros((most, B, T)),
+              zeros((most, B, T, tops), jnp.int32), zeros((most, B, T, tops)))
+  _, _, state, new = jax.lax.while_loop(lambda carry: (carry[0] < count) & carry[1], step,
+                                        (jnp.int32(0), more(state), state, empty))
+  return state._replace(counts_LE=before_LE + _everywhere(state.counts_LE, axes)), new
 
 
-def _round(weights, state: State, r: Rows, bias, stop_S, drafts: int, cfg, runtime, tops: int
-           ) -> tuple[State, New]:
+def _everywhere(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def _round(weights, state: State, r: Rows, bias, stop_S, drafts: int, cfg, runtime, tops: int,
+           halves: bool) -> tuple[State, New]:
   """One round; what it drew without the axis N."""
   cache, alive_B, tail = state.cache, state.left_B > 0, None
   tokens_BT, place_B = state.token_B[:, None], cache.lengths_B + 1  # of the first to be drawn
@@ -132,7 +153,8 @@ def _round(weights, state: State, r: Rows, bias, stop_S, drafts: int, cfg, runti
                                                         cfg, runtime)
     tokens_BT = jnp.concatenate([tokens_BT, drafts_BK], 1)
   new_B = jnp.where(alive_B, drafts + 1, 0)
-  h_BTD, _, after = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime)
+  h_BTD, counts_LE, after = forward_lib.forward(weights, cache, tokens_BT, new_B, cfg, runtime,
+                                                halves=halves)
   logits_BTV = forward_lib.readout(weights, h_BTD, cfg)
   scores_BTV = _scores(logits_BTV, r, state.seen_BV, bias, tokens_BT)
   if drafts:
@@ -146,7 +168,7 @@ def _round(weights, state: State, r: Rows, bias, stop_S, drafts: int, cfg, runti
   cache = Cache(after.layers, cache.lengths_B + count_B, cache.pages_BN)
   state = State(cache, jnp.where(alive_B, newest_B, state.token_B),
                 _left(state.left_B, count_B, drawn_BT, stop_S),
-                _marked(state.seen_BV, drawn_BT, count_B), tail)
+                _marked(state.seen_BV, drawn_BT, count_B), tail, state.counts_LE + counts_LE)
   return state, New(count_B, drawn_BT, *_said(logits_BTV, drawn_BT, tops))
 
 

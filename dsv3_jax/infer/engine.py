@@ -61,17 +61,21 @@ class Engine:
     cache_dtype: of the cache; "": the weights'.
     stop: tokens that end any request.
     vocabulary: ids from here on only pad the model's vocabulary and are never drawn; 0: none.
+    mesh, expert_LI: of several devices, see `Batches`.
 
   Attributes:
+    batches: what runs them.
     totals: counts since the start: requests by how they ended ("stop", ...), "prompt" and "new"
       tokens, "shared" (of prompts, found in the cache), "steps", "preempted".
   """
 
   def __init__(self, cfg: config.Model, weights: Parameters, settings: Settings,
                runtime: config.Runtime = config.Runtime(), cache_dtype: str = "",
-               stop: frozenset[int] = frozenset(), vocabulary: int = 0):
+               stop: frozenset[int] = frozenset(), vocabulary: int = 0,
+               mesh: jax.sharding.Mesh | None = None, expert_LI: np.ndarray | None = None):
     self.cfg, self.settings = cfg, settings
-    self._batches = Batches(cfg, weights, settings, runtime, cache_dtype, stop, vocabulary)
+    self.batches = Batches(cfg, weights, settings, runtime, cache_dtype, stop, vocabulary, mesh,
+                           expert_LI)
     self._stop = stop
     self.totals: collections.Counter[str] = collections.Counter()
     self._lock = threading.Lock()
@@ -130,7 +134,7 @@ class Engine:
 
   def warm(self, say: Callable[[str], Any] = lambda text: None) -> None:
     """Compiles all that requests may want; `say` hears of each size."""
-    self._batches.warm(say)
+    self.batches.warm(say)
 
   def step(self) -> bool:
     """Goes on with everything by a little; False if there was nothing to do.
@@ -164,11 +168,11 @@ class Engine:
     return [job for rank in self._ranks for job in rank.live]
 
   def _empty(self) -> list[Rank]:
-    return [Rank(number, self.settings) for number in range(self._batches.ranks)]
+    return [Rank(number, self.settings) for number in range(self.batches.ranks)]
 
   def _reset(self) -> None:
     self._ranks = self._empty()
-    self._batches.reset()
+    self.batches.reset()
 
   def _step(self) -> bool:
     self._hear()
@@ -216,7 +220,7 @@ class Engine:
       return True
     parts = [job.whole[job.written:job.written + self.settings.chunk] if job else ()
              for job in jobs]
-    new = self._batches.read(jobs, parts)
+    new = self.batches.read(jobs, parts)
     done = []
     for row, (rank, job, part) in enumerate(zip(self._ranks, jobs, parts, strict=True)):
       if job is None:
@@ -251,7 +255,7 @@ class Engine:
     jobs = [[job for job in list(rank.writing) if self._set_bias(job)] for rank in self._ranks]
     if not any(jobs):
       return True
-    new, rows = self._batches.write(jobs, run)
+    new, rows = self.batches.write(jobs, run)
     self._deliver([(rank * rows + i, job) for rank, some in enumerate(jobs)
                    for i, job in enumerate(some)], new)
     return True
