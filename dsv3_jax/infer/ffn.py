@@ -19,7 +19,7 @@ from dsv3_jax.parallel import mesh as mesh_lib
 
 def swiglu(x_PD: jax.Array, w: FFN, runtime: config.Runtime) -> jax.Array:
   """[P, D] to [P, D]."""
-  gate, up = matmul.split_gate(matmul.linear(x_PD, w.w_in_DF, runtime))
+  gate, up = matmul.split_gate(matmul.linear(x_PD, w.w_in_DF, runtime), w.w_out_FD)
   return matmul.linear(layers.swiglu(gate, up), w.w_out_FD, runtime)
 
 
@@ -36,19 +36,23 @@ def experts(x_PD: jax.Array, w: Experts, valid_P: jax.Array, cfg: config.MoE,
   """
   routed = routing.route(x_PD, w.w_router_DE, w.bias_E, cfg)
   if w.slots is None:
-    block = matmul.block_rows(routed.expert_PA.size, cfg.experts, runtime)
-    y_PD = _rows(x_PD, routed.gate_PA, w.w_in_EDF, w.w_out_EFD,
-                 moe.plan(routed.expert_PA, cfg.experts, block), runtime)
+    block = matmul.block_rows(routed.expert_PA.size, cfg.experts, w.w_in_EDF, runtime)
+    y_PD = _rows(matmul.read(x_PD, w.w_in_EDF, runtime), routed.gate_PA, w.w_in_EDF, w.w_out_EFD,
+                 moe.plan(routed.expert_PA, cfg.experts, block), runtime, x_PD.dtype)
   else:
     y_PD = _distant(x_PD, routed, w, valid_P, cfg, runtime)
   return (y_PD if w.shared is None else y_PD + swiglu(x_PD, w.shared, runtime)), routed.expert_PA
 
 
-def _rows(x_PD, gate_PA, w_in_EDF, w_out_EFD, p, runtime: config.Runtime) -> jax.Array:
-  """Sum over each token's experts here of gate * FFN(x), [P, D]; `p`: of `moe.plan`."""
-  gate, up = matmul.split_gate(matmul.grouped(moe.spread(x_PD, p), w_in_EDF, p, runtime))
-  gate_M = moe.spread_gates(gate_PA, p).astype(x_PD.dtype)
-  y_MD = matmul.grouped(layers.swiglu(gate, up) * gate_M[:, None], w_out_EFD, p, runtime)
+def _rows(x_PD, gate_PA, w_in_EDF, w_out_EFD, p, runtime: config.Runtime, dtype) -> jax.Array:
+  """Sum over each token's experts here of gate * FFN(x), [P, D] in `dtype`.
+
+  `x_PD`: of `matmul.read`; `p`: of `moe.plan`.
+  """
+  both_MF = matmul.grouped(matmul.spread(x_PD, p), w_in_EDF, p, runtime, dtype)
+  gate, up = matmul.split_gate(both_MF, w_out_EFD)
+  gate_M = moe.spread_gates(gate_PA, p).astype(dtype)
+  y_MD = matmul.grouped(layers.swiglu(gate, up) * gate_M[:, None], w_out_EFD, p, runtime, dtype)
   return moe.collect(y_MD, p)
 
 
@@ -57,13 +61,14 @@ def _distant(x_PD, routed: routing.Routing, w: Experts, valid_P, cfg: config.MoE
   axes = tuple(a for a in mesh_lib.EXPERTS if lax.axis_size(a) > 1) or (mesh_lib.GPU,)
   slot_PA = slots.choose(routed.expert_PA, w.slots, valid_P, lax.axis_index(mesh_lib.BATCH))
   count = w.slots.slot_I.shape[0]
-  block = matmul.block_rows(slot_PA.size, count // hops.size(axes), runtime)
+  block = matmul.block_rows(slot_PA.size, count // hops.size(axes), w.w_in_EDF, runtime)
   settings = moe.expert_settings(cfg, runtime, axes)
 
   def body(operands, gate_ZK, route):
     x_PD, (w_in_EDF, w_out_EFD) = operands
-    x_ZD = dispatch.dispatch(x_PD, route)
-    return dispatch.combine(_rows(x_ZD, gate_ZK, w_in_EDF, w_out_EFD, route.rows, runtime), route)
+    x_ZD = matmul.send(matmul.read(x_PD, w_in_EDF, runtime), route)
+    y_ZD = _rows(x_ZD, gate_ZK, w_in_EDF, w_out_EFD, route.rows, runtime, x_PD.dtype)
+    return dispatch.combine(y_ZD, route)
 
   y_PD, _ = rounds.run(body, (x_PD, (w.w_in_EDF, w.w_out_EFD)), slot_PA, routed.gate_PA, count,
                        block, settings)

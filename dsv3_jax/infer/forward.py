@@ -145,15 +145,15 @@ def _attention(x_BTD, w: Attention, cached, cache: Cache, turns, new_B, cfg: con
   y = x_BTD
   if w.w_dq_DQ is not None:
     y = layers.rms_norm(matmul.linear(x_BTD, w.w_dq_DQ, runtime), w.q_norm_Q, cfg.latent_norm_eps)
-  q_BTHK = matmul.linear(y, w.w_q_YHK, runtime)
+  q_BTHK = matmul.rotary(y, w.w_q_YHK, N, runtime)
   q_BTHN, q_BTHR = q_BTHK[..., :N], rope.apply_rope(q_BTHK[..., N:], *turns)
-  z_BTZ = matmul.linear(x_BTD, w.w_dkv_DZ, runtime)
+  z_BTZ = matmul.rotary(x_BTD, w.w_dkv_DZ, C, runtime)
   c_BTC = layers.rms_norm(z_BTZ[..., :C], w.kv_norm_C, cfg.latent_norm_eps)
   k_BTR = rope.apply_rope(z_BTZ[..., C:], *turns)
   cached = cache_lib.write(cached, cache_lib.entries(c_BTC, k_BTR, cached), cache.lengths_B, new_B,
                            cache.pages_BN)
   if fresh:
-    k_BTHN, v_BTHU = matmul.expand(c_BTC, w)
+    k_BTHN, v_BTHU = matmul.expand(c_BTC, w, N, runtime)
     k_BTHR = jnp.broadcast_to(k_BTR[:, :, None], q_BTHR.shape)
     o_BTHU = ops.attention(
         jnp.concatenate([q_BTHN, q_BTHR], -1), jnp.concatenate([k_BTHN, k_BTHR], -1), v_BTHU,
@@ -163,7 +163,7 @@ def _attention(x_BTD, w: Attention, cached, cache: Cache, turns, new_B, cfg: con
     unused_B = x_BTD.shape[1] - new_B
     o_BTHC = ops.mla_decode(_later(q_BTHZ, unused_B), cached, cache.lengths_B + new_B, scale=scale,
                             pages_BN=cache.pages_BN, kv_rank=C)
-    o_BTHU = matmul.values(_later(o_BTHC, -unused_B), w)
+    o_BTHU = matmul.values(_later(o_BTHC, -unused_B), w, N)
   return matmul.linear(o_BTHU, w.w_o_HUD, runtime, 2), cached
 
 

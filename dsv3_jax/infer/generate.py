@@ -68,7 +68,8 @@ class Generator:
                runtime: config.Runtime = config.Runtime(), cache_dtype: str = ""):
     self.cfg, self.runtime = cfg, runtime
     self.cache_dtype = cache_dtype or runtime.compute_dtype
-    prepare = jax.jit(functools.partial(parameters.prepare, cfg=cfg, dtype=runtime.compute_dtype))
+    prepare = jax.jit(functools.partial(parameters.prepare, cfg=cfg, dtype=runtime.compute_dtype,
+                                        impl=runtime.fp8_impl))
     self.weights: Parameters = prepare(params, buffers)
 
   def __call__(self, prompts: Sequence[Sequence[int]], steps: int,

@@ -4,37 +4,51 @@ Training stacks the layers and keeps weights as checkpoints have them. A decode 
 weight once and does little else, so whatever would be copied a step is copied here: layers lie
 apart, rotary columns are in halves (`model/rope.py`), gate and up lie side by side, and the
 up-projection of the latent is in the two parts that absorption multiplies by.
+
+FP8 weights stay FP8: a byte each, and a scale a block of 128x128 (`infer/matmul.py` multiplies by
+them). A column cannot leave its block, so rotary columns lie as they were, the up-projection of the
+latent is whole, and where gate's last block is cut short it is filled with zeros before up begins.
+Each is held once, in the form that this device's kernels read: Hopper's want the summed axis
+contiguous, [outputs, inputs].
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax import config
+from dsv3_jax import config, ops
 from dsv3_jax.config import ConfigError
+from dsv3_jax.fp8 import recipe as recipe_lib
+from dsv3_jax.fp8 import weights
+from dsv3_jax.fp8.qtensor import QTensor
+from dsv3_jax.fp8.weights import Weight
 from dsv3_jax.model import rope
+
+Matrix = jax.Array | Weight
 
 
 class Attention(NamedTuple):
   """MLA of one layer; Y is Q, or D without a query latent."""
 
-  w_dq_DQ: jax.Array | None
+  w_dq_DQ: Matrix | None
   q_norm_Q: jax.Array | None
-  w_q_YHK: jax.Array
-  w_dkv_DZ: jax.Array
+  w_q_YHK: Matrix
+  w_dkv_DZ: Matrix
   kv_norm_C: jax.Array
-  w_uk_HNC: jax.Array  # W_UK: keys without position, of each head
-  w_uv_HCU: jax.Array  # W_UV: values
-  w_o_HUD: jax.Array
+  w_uk_HNC: jax.Array | None  # W_UK: keys without position, of each head
+  w_uv_HCU: jax.Array | None  # W_UV: values
+  w_o_HUD: Matrix
+  w_ukv_CHW: Weight | None = None  # in place of these two in FP8; held as [H W, C]
 
 
 class FFN(NamedTuple):
   """SwiGLU feed-forward; the columns of gate come first."""
 
-  w_in_DF: jax.Array  # [D, 2 F]
-  w_out_FD: jax.Array
+  w_in_DF: Matrix  # [D, 2 F]
+  w_out_FD: Matrix
 
 
 class Experts(NamedTuple):
@@ -43,8 +57,8 @@ class Experts(NamedTuple):
 
   w_router_DE: jax.Array
   bias_E: jax.Array  # fp32
-  w_in_EDF: jax.Array  # [E, D, 2 F]
-  w_out_EFD: jax.Array
+  w_in_EDF: Matrix  # [E, D, 2 F]
+  w_out_EFD: Matrix
   shared: FFN | None
   slots: Any = None
 
@@ -79,13 +93,16 @@ class Parameters(NamedTuple):
   mtp: tuple[MTP, ...]
 
 
-def prepare(params: Any, buffers: Any, cfg: config.Model, dtype: str = "float32") -> Parameters:
+def prepare(params: Any, buffers: Any, cfg: config.Model, dtype: str = "float32",
+            impl: str = "auto") -> Parameters:
   """The parameters of a run or a loaded model for decoding.
 
   Args:
-    params, buffers: of `nnx.split(model, nnx.Param, RouterBias)`, arrays that are not quantized.
+    params, buffers: of `nnx.split(model, nnx.Param, RouterBias)`; matrices may be FP8 without
+      masters, as `interop.huggingface.load(..., quantized="keep")` or `quantized` gives them.
     cfg: the model.
-    dtype: of the result, "float32" or "bfloat16"; router biases stay fp32.
+    dtype: of what is not FP8, "float32" or "bfloat16"; router biases stay fp32.
+    impl: runtime.fp8_impl, by which FP8 weights will be multiplied.
 
   Raises:
     ConfigError: the model's attention has no latent.
@@ -108,8 +125,45 @@ def prepare(params: Any, buffers: Any, cfg: config.Model, dtype: str = "float32"
       tuple(MTP(p["embed_norm_D"], p["hidden_norm_D"], p["w_embed_DD"], p["w_hidden_DD"],
                 _layer(p["block"], b["block"], cfg), p["out_norm_D"])
             for p, b in each("mtp", cfg.mtp_depth)))
-  return jax.tree_util.tree_map_with_path(
-      lambda path, x: x if path[-1].name == "bias_E" else x.astype(dtype), found)
+  turned = ops.fp8_multiplies_transposed(impl)
+
+  def finish(path: Any, x: Matrix) -> Matrix:
+    if isinstance(x, Weight):
+      return _turned(x) if turned or path[-1].name == "w_ukv_CHW" else x
+    return x if path[-1].name == "bias_E" else x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(finish, found, is_leaf=_is_weight)
+
+
+def quantized(params: Any) -> dict[str, Any]:
+  """Parameters with their linear layers in FP8 as released: blocks of 128x128, fp32 scales.
+
+  What `interop.huggingface.save(..., quantization="fp8")` writes, bit for bit. Matrices that are
+  FP8 already stay as they are.
+
+  Args:
+    params: of `nnx.split(model, nnx.Param, RouterBias)`.
+  """
+  recipe = recipe_lib.resolve(config.Runtime(recipe="v3"))
+
+  def make(path: Any, x: Any) -> Any:
+    name = path[-1].key
+    axes = None if name in ("w_embed_DD", "w_hidden_DD") else weights.axes(name)  # MTP's stay
+    if isinstance(x, Weight) or axes is None:
+      return x
+    w = weights.quantized(weights.bare(x, *axes), recipe, transposed=False)
+    return dataclasses.replace(w, master=None, dgrad=None)
+
+  return jax.tree_util.tree_map_with_path(make, _pure(params), is_leaf=_is_weight)
+
+
+def _is_weight(x: Any) -> bool:
+  return isinstance(x, Weight)
+
+
+def _turned(w: Weight) -> Weight:
+  """The same in the other form, [outputs, inputs]."""
+  return dataclasses.replace(w, fprop=None, dgrad=w.fprop.mT)
 
 
 def _pure(tree: Any) -> Any:
@@ -120,7 +174,7 @@ def _layer(p: dict[str, Any], b: dict[str, Any], cfg: config.Model) -> Layer:
   ffn = p["ffn"]
   if "w_router_DE" in ffn:
     made = Experts(ffn["w_router_DE"], b["ffn"]["bias_E"],
-                   jnp.concatenate([ffn["w_gate_EDF"], ffn["w_up_EDF"]], -1), ffn["w_down_EFD"],
+                   _beside(ffn["w_gate_EDF"], ffn["w_up_EDF"]), ffn["w_down_EFD"],
                    _ffn(ffn["shared"]) if ffn.get("shared") else None)
   else:
     made = _ffn(ffn)
@@ -129,11 +183,14 @@ def _layer(p: dict[str, Any], b: dict[str, Any], cfg: config.Model) -> Layer:
 
 def _attention(p: dict[str, Any], cfg: config.Attention) -> Attention:
   w_ukv_CHW, N = p["w_ukv_CHW"], cfg.nope_dim
-  return Attention(
-      p.get("w_dq_DQ"), p.get("q_norm_Q"), _halves(p["w_uq_QHK" if cfg.q_rank else "w_q_DHK"], N),
-      _halves(p["w_dkv_DZ"], cfg.kv_rank), p["kv_norm_C"],
-      jnp.transpose(w_ukv_CHW[..., :N], (1, 2, 0)), jnp.transpose(w_ukv_CHW[..., N:], (1, 0, 2)),
-      p["w_o_HUD"])
+  made = Attention(p.get("w_dq_DQ"), p.get("q_norm_Q"), p["w_uq_QHK" if cfg.q_rank else "w_q_DHK"],
+                   p["w_dkv_DZ"], p["kv_norm_C"], None, None, p["w_o_HUD"])
+  if isinstance(w_ukv_CHW, Weight):
+    return made._replace(w_ukv_CHW=w_ukv_CHW)
+  return made._replace(
+      w_q_YHK=_halves(made.w_q_YHK, N), w_dkv_DZ=_halves(made.w_dkv_DZ, cfg.kv_rank),
+      w_uk_HNC=jnp.transpose(w_ukv_CHW[..., :N], (1, 2, 0)),
+      w_uv_HCU=jnp.transpose(w_ukv_CHW[..., N:], (1, 0, 2)))
 
 
 def _halves(w: jax.Array, keep: int) -> jax.Array:
@@ -141,4 +198,17 @@ def _halves(w: jax.Array, keep: int) -> jax.Array:
 
 
 def _ffn(p: dict[str, Any]) -> FFN:
-  return FFN(jnp.concatenate([p["w_gate_DF"], p["w_up_DF"]], -1), p["w_down_FD"])
+  return FFN(_beside(p["w_gate_DF"], p["w_up_DF"]), p["w_down_FD"])
+
+
+def _beside(gate: Matrix, up: Matrix) -> Matrix:
+  """The columns of both; in FP8 with as many zeros between them as gate's last block lacks."""
+  if not isinstance(gate, Weight):
+    return jnp.concatenate([gate, up], -1)
+  a, b = gate.fprop, up.fprop
+  lacks = -a.last % a.tile[1]
+  fill = jnp.zeros((*a.codes.shape[:-1], lacks), a.codes.dtype)
+  both = QTensor(jnp.concatenate([a.codes, fill, b.codes], -1),
+                 jnp.concatenate([a.scales, b.scales], -1), a.format, a.tile,
+                 a.last + lacks + b.last).validate()
+  return dataclasses.replace(gate, fprop=both, outputs=(both.last,))
