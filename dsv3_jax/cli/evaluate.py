@@ -1,4 +1,4 @@
-"""`dsv3 eval`: a checkpoint on held-out text, or its experts on several domains."""
+"""`dsv3 eval`: a checkpoint on held-out text, any text, tasks and needles; experts by domain."""
 
 import argparse
 import json
@@ -8,12 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.cli import measure
 from dsv3_jax.config import ConfigError
 
-SUMMARY = "validation loss of a checkpoint; expert load by domain"
+SUMMARY = "validation loss, bits per byte, tasks, needles of a model; expert load by domain"
 DESCRIPTION = (
     "Validation loss and bits per byte of a run's checkpoint, on the run's own held-out text,\n"
     "as one line of JSON.\n\n"
+    "With --text, --tasks or --needle: of a run or a Hugging Face folder,\n"
+    "  --text    bits per byte of any text. A document longer than the window is read in windows:\n"
+    "            each after the first predicts the next --stride tokens and shows those before\n"
+    "  --tasks   multiple choice by perplexity (accuracy, and by the probability per byte), and\n"
+    "            texts to be written (exact match after normalisation, pass@k)\n"
+    "  --needle  recall of a value told once in a long text, over length and depth\n"
+    "as tables, or one line of JSON with --json; --out=DIR gets results.json with each sample,\n"
+    "and the heat map of the needles.\n\n"
     "With --domains or --domain: loss and the load of each expert on several kinds of text, of\n"
     "one run or of several side by side (the report's figure 9: trained with an auxiliary loss,\n"
     "and without). Prints tables and writes domains.json, a page and heat maps. The default\n"
@@ -23,6 +32,10 @@ DESCRIPTION = (
 EXAMPLES = (
     "  dsv3 eval runs/tiny\n"
     "  dsv3 eval runs/tiny --ema --batches=0\n"
+    "  dsv3 eval runs/tiny --text=README.md --text='books/*.txt' --stride=64\n"
+    "  dsv3 eval exported --tasks=experiments/tasks/small.jsonl --out=results\n"
+    "  dsv3 eval runs/tiny --tasks=sums.jsonl --samples=20 --temperature=0.8 --pass-at=1,10\n"
+    "  dsv3 eval runs/tiny --needle --lengths=128,256,512 --filler=stdlib --out=needles\n"
     "  dsv3 eval runs/tiny --domains\n"
     "  dsv3 eval runs/auxiliary runs/loss-free --domains=code,docstrings --out=figure9\n"
     "  dsv3 eval runs/tiny --domain=poems='texts/poems/*.txt' --domain=chats=chats.jsonl\n"
@@ -32,7 +45,8 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The command's options."""
   parser.add_argument("workdir", nargs="*", metavar="WORKDIR",
-                      help="of a run; with --domains several, or their domains.json")
+                      help="of a run; with --domains several, or their domains.json; with --text, "
+                           "--tasks or --needle also a Hugging Face folder")
   parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
   parser.add_argument("--ema", action="store_true", help="the averaged parameters")
   parser.add_argument("--batches", type=int, metavar="N",
@@ -44,11 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="a domain of your own: a file, folder or glob of text, .jsonl or "
                           ".parquet (may be repeated)")
   apart.add_argument("--tokens", type=int, metavar="N",
-                     help="of each domain, 0 for all (default: 65536)")
+                     help="of each domain (default: 65536) or --text (default: all); 0 for all")
   apart.add_argument("--layers", metavar="L,M,...",
                      help="MoE layers to draw large, by number or name (default: two)")
   apart.add_argument("--out", metavar="DIR",
-                     help="folder for the files (default: WORKDIR/domains of a single run)")
+                     help="folder for the files (default, by domain: WORKDIR/domains of a single "
+                          "run)")
+  measure.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
   if not args.workdir:
     raise ConfigError("give the workdir of a run, before --domains (what follows that, unless it "
                       "begins with --, is taken for its value)")
+  wanted = measure.asked(args)
+  if wanted:
+    if args.domains is not None or args.domain:
+      raise ConfigError(f"--{wanted[0]} and domains are measured apart; leave one out")
+    return measure.run(args, wanted)
   joined = all(os.path.isfile(path) for path in args.workdir)
   for path in args.workdir if not joined else ():
     if not (Path(path) / "checkpoints").is_dir():
@@ -70,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     return _by_domain(args, joined)
   for name in ("tokens", "layers", "out"):
     if getattr(args, name) is not None:
-      raise ConfigError(f"--{name} goes with --domains or --domain")
+      others = {"tokens": ", --text", "out": ", --text, --tasks, --needle"}.get(name, "")
+      raise ConfigError(f"--{name} goes with --domains or --domain{others}")
   if len(args.workdir) > 1:
     raise ConfigError("several runs are compared by domain: add --domains")
   return _validation(args)

@@ -126,23 +126,36 @@ def own(name: str, spec: str, keep: Keep, enough: int = 0, text_key: str = "text
     ConfigError: nothing there, or no text.
   """
   try:
+    documents = read(spec, enough, text_key, max_document_bytes)
+  except ConfigError as error:
+    raise ConfigError(f"--domain={name}={spec}: {error}") from None
+  documents, hashes = _in_order(documents)
+  sizes = np.array([len(document.text.encode()) for document in documents])
+  return Domain(name, spec, tuple(documents), float(sizes[keep(hashes)].sum() / sizes.sum()))
+
+
+def read(spec: str, enough: int = 0, text_key: str = "text",
+         max_document_bytes: int = 64 * 2**20) -> list[Document]:
+  """A person's own text; arguments as of `own`.
+
+  Raises:
+    ConfigError: nothing there, or no text.
+  """
+  documents, size = [], 0
+  try:
     source = sources.resolve(spec, max_document_bytes)
     if source.kind == "shards":
       raise ConfigError("shards hold no text; name the files that they were made from")
-    documents, size = [], 0
     for document in sources.documents(source, text_key, max_document_bytes, mixed=True):
       documents.append(document)
       size += len(document.text.encode())
       if enough and size >= enough:
         break
-    if not documents:
-      raise ConfigError("there is no text in it")
   except ConfigError as error:
-    raise ConfigError(f"--domain={name}={spec}: {str(error).removeprefix('data.sources: ')}"
-                      ) from None
-  documents, hashes = _in_order(documents)
-  sizes = np.array([len(document.text.encode()) for document in documents])
-  return Domain(name, spec, tuple(documents), float(sizes[keep(hashes)].sum() / sizes.sum()))
+    raise ConfigError(str(error).removeprefix("data.sources: ")) from None
+  if not documents:
+    raise ConfigError("there is no text in it")
+  return documents
 
 
 def check_names(names: Iterable[str]) -> None:
