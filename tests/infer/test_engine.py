@@ -5,19 +5,26 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dsv3_jax import config
 from dsv3_jax.config import ConfigError
 from dsv3_jax.infer import decode
-from dsv3_jax.infer.engine import Closed, Engine, Full, Settings
-from dsv3_jax.infer.generate import Generator
+from dsv3_jax.infer import engine as engine_lib
+from dsv3_jax.infer.batches import Batches
+from dsv3_jax.infer.engine import Closed, Engine, Full
 from dsv3_jax.infer.request import Request
 from dsv3_jax.infer.sampler import Sampling
 from tests import quick
+from tests.infer.requests import (
+    CFG,
+    SETTINGS,
+    V,
+    ask,
+    check,
+    finish,
+    make_generator,
+    random_requests,
+    written,
+)
 from tests.model import small
-
-CFG = config.replace(small.BASE, layers=2)
-SETTINGS = Settings(pages=20, page_size=4, longest=60, running=4, chunk=8, run=3)
-V = CFG.vocab_size
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,52 +37,11 @@ def quickly():
 
 @pytest.fixture(scope="module")
 def generator():
-  _, params, buffers = small.split(small.build(CFG, seed=5))
-  return Generator(CFG, params, buffers, small.RUNTIME)
+  return make_generator()
 
 
 def engine(generator, **changes):
   return Engine(CFG, generator.weights, dataclasses.replace(SETTINGS, **changes), small.RUNTIME)
-
-
-def ask(engine, request):
-  """(job, its events)."""
-  events = []
-  return engine.submit(request, events.append), events
-
-
-def finish(engine, steps=3000):
-  for _ in range(steps):
-    if not engine.step():
-      assert not any(engine.counts().values())
-      return
-  raise AssertionError("no end")
-
-
-def written(events):
-  return [t.id for e in events for t in e.tokens]
-
-
-def random_requests(count, seed):
-  """Prompts of a few beginnings; greedy and drawn, with and without penalty and stop tokens."""
-  rng = np.random.default_rng(seed)
-  heads = [rng.integers(0, V, 14).tolist() for _ in range(2)]
-  for i in range(count):
-    head = heads[rng.integers(2)][:rng.integers(0, 15)]
-    prompt = tuple(head + rng.integers(0, V, rng.integers(1, 14)).tolist())
-    sampling = Sampling(float(rng.choice([0, 1.2])), top_k=int(rng.choice([0, 5])), seed=i,
-                        repetition_penalty=float(rng.choice([1, 1.3])))
-    stop = frozenset({int(rng.integers(V))}) if rng.random() < 0.5 else frozenset()
-    yield Request(prompt, int(rng.integers(1, 26)), sampling, stop)
-
-
-def solo(generator, requests):
-  """(tokens, log-probabilities) of each, from one call, whose rows do not know of each other
-  (tests/infer/test_generate.py), cut where each should have ended."""
-  found = generator([r.prompt for r in requests], 26, [r.sampling for r in requests])
-  for r, f in zip(requests, found):
-    end = next((i for i, t in enumerate(f.tokens) if t in r.stop), len(f.tokens))
-    yield f.tokens[:min(end, r.most)], f.logprobs[:min(end, r.most)]
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -91,14 +57,117 @@ def test_each_equals_its_solo_run(generator, share):
   finish(made)
   assert made.totals["preempted"] > 0  # the pool was too small for all
   assert (made.totals["shared"] > 0) == share
-  alone = solo(generator, [request for request, _, _ in asked])
-  for (request, job, events), (tokens, logprobs) in zip(asked, alone):
-    assert written(events) == tokens == job.tokens
-    assert events[-1].finish == job.finish == ("length" if len(tokens) == request.most else "stop")
-    assert [e.finish for e in events[:-1]] == [""] * (len(events) - 1)
-    np.testing.assert_allclose([t.logprob for e in events for t in e.tokens], logprobs, atol=1e-5)
+  check(asked, generator)
   assert made.totals["stop"] + made.totals["length"] == 24
   assert made.counts() == {"waiting": 0, "prompt": 0, "writing": 0, "pages": 0}
+
+
+class Three:
+  """Batches of three devices: three of one, as `Batches` puts their rows together."""
+
+  ranks = 3
+
+  def __init__(self, *args):
+    self._each = [Batches(*args) for _ in range(3)]
+
+  def reset(self):
+    for one in self._each:
+      one.reset()
+
+  def read(self, jobs, parts):
+    new = [one.read([job], [part]) if job else None
+           for one, job, part in zip(self._each, jobs, parts, strict=True)]
+    return self._joined(new, 1)
+
+  def write(self, jobs, run):
+    new = [one.write([some], run)[0] if some else None
+           for one, some in zip(self._each, jobs, strict=True)]
+    rows = max(map(len, jobs))
+    return self._joined(new, rows), rows
+
+  def _joined(self, new, rows):
+    """All rows of all devices, padded; rows and their alternatives are as many as needed."""
+    given = [x for x in new if x is not None]
+    shapes = [np.max([x[i].shape for x in given], axis=0) for i in range(5)]
+    joined = []
+    for i, (N, _, *rest) in enumerate(shapes):
+      found = np.zeros((N, 3 * rows, *rest), np.asarray(given[0][i]).dtype)
+      for r, x in enumerate(new):
+        if x is not None:
+          one = np.asarray(x[i])[:, :rows]
+          found[:, r * rows:r * rows + one.shape[1]][tuple(map(slice, one.shape))] = one
+      joined.append(found)
+    return decode.New(*joined)
+
+
+@pytest.fixture
+def three(generator, monkeypatch):
+  """Makes engines of three devices."""
+  monkeypatch.setattr(engine_lib, "Batches", Three)
+  return lambda **changes: engine(generator, **changes)
+
+
+def test_three_devices(generator, three):
+  """Oracle: the generator, as above. All devices get requests; each has a pool of its own, which
+  is too small for all that it is given."""
+  made, rng = three(), np.random.default_rng(3)
+  assert made.pages == 60
+  asked, ranks = [], set()
+  for request in random_requests(24, seed=7):
+    asked.append((request, *ask(made, request)))
+    if rng.random() < 0.3:
+      made.step()
+      ranks |= {job.rank for _, job, _ in asked if job.pages}
+  finish(made)
+  assert ranks == {0, 1, 2} and made.totals["preempted"] > 0 and made.totals["shared"] > 0
+  check(asked, generator)
+
+
+def test_which_device(three):
+  """Law: requests spread; one that begins as another did goes where that lies, unless others write
+  there already; a device without room holds up nobody; one without any is waited for."""
+  made = three()
+  head = tuple(range(16))
+  for prompt in ((3,), head):
+    ask(made, Request(prompt, 1))
+  finish(made)
+  like, other = (ask(made, Request((*start, 2), 20))[0] for start in (head, head[::-1]))
+  made.step()
+  assert made.totals["shared"] == 16 and like.rank == 1 != other.rank
+  while made.counts()["prompt"]:
+    made.step()
+  alone = [ask(made, Request((i,), 20))[0] for i in range(4)]
+  made.step()
+  assert sorted([like.rank, other.rank, *(job.rank for job in alone)]) == [0, 0, 1, 1, 2, 2]
+  finish(made)
+  # Each takes 14 of the 20 pages of a device.
+  large = [ask(made, Request((i,) * 55, 5))[0] for i in range(4)]
+  made.step()
+  assert sorted(job.rank for job in large[:3]) == [0, 1, 2] and not large[3].pages
+  finish(made)
+  assert all(len(job.tokens) == 5 for job in large)
+  # The one that begins like it would be read sooner beside it, but has no room there.
+  first = ask(made, Request((*head, *(5,) * 36), 8))[0]
+  while not first.tokens:
+    made.step()
+  second = ask(made, Request((*head, *(6,) * 36), 8))[0]
+  made.step()
+  assert second.pages and second.rank != first.rank and not first.finish
+  finish(made)
+
+
+def test_a_failing_request_of_three(three):
+  """Law: it ends alone, also where its device has nothing else to do in that step."""
+  class Fails:
+    def allowed(self):
+      raise ValueError("out of fuel")
+
+  made = three()
+  bad, good = ask(made, Request((3, 1), 5, constraint=Fails))[0], ask(made, Request((3, 1), 5))[0]
+  while made.step():
+    pass
+  assert bad.finish == "error" and good.finish == "length"
+  assert not any(made.counts().values())
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(generator):
