@@ -15,16 +15,24 @@ CONFIG = config_lib.replace(config_lib.Config(), **{
     "model.moe.ffn_dim": 8, "model.mtp_depth": 1})
 
 
-def make(folder):
-  """Writes a checkpoint of random parameters and a tokenizer."""
+def random_state():
+  """Random parameters, buffers and the rest of a state."""
   _, abstract, _ = state.initializer(lambda: state.build_model(CONFIG.model, seed=3),
                                      optim.make_optimizer(CONFIG.optim))
   rng = np.random.default_rng(0)
-  made = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
+
+
+def tokenizer():
+  """One of the model's vocabulary."""
+  return tokenizer_lib.train(["def main(argv):\n  print(argv)\n" * 40], CONFIG.model.vocab_size)
+
+
+def make(folder):
+  """Writes a checkpoint of random parameters and a tokenizer."""
+  made = random_state()
   saver = checkpoint.Checkpoints(str(folder))
   saver.save(made, {"step": 1, "tokens": 10, "val_loss": None,
                     "config": config_lib.to_dict(CONFIG)})
   saver.close()
-  text = "def main(argv):\n  print(argv)\n" * 40
-  made = tokenizer_lib.train([text], CONFIG.model.vocab_size)
-  (folder / "tokenizer.json").write_text(made.to_json())
+  (folder / "tokenizer.json").write_text(tokenizer().to_json())
