@@ -2,7 +2,7 @@
 
 A rebalancing has three parts, none of which stops the requests: the load of the last windows goes
 to a thread that looks for a better placement (`placement.rebalance_experts`); what has to move is
-fetched layer after layer, a round between two steps of decoding (`transfer`); and a layer's new
+fetched layer after layer, a round between two steps of decoding (`migrate`); and a layer's new
 weights and tables take their place together. What is computed is the same before and after, but for
 the order of sums.
 """
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.infer import placement, slots, transfer
+from dsv3_jax.infer import migrate, placement, slots
 from dsv3_jax.infer.parameters import Experts, Parameters
 
 _log = logging.getLogger(__name__)
@@ -107,10 +107,10 @@ class Balancer:
     """Compiles what moving experts needs."""
     if self._moe:
       size = self.expert_LI.shape[1]
-      own_Wi, _ = transfer.plan(np.arange(size), np.arange(size), self._devices)
+      own_Wi, _ = migrate.plan(np.arange(size), np.arange(size), self._devices)
       nothing = np.full(self._devices, size // self._devices, np.int32)
       arrays = self._begin(self._moe[0], own_Wi)
-      self._exchange(self._moe[0], arrays, transfer.Round(0, nothing * 0, nothing))
+      self._exchange(self._moe[0], arrays, migrate.Round(0, nothing * 0, nothing))
 
   def rebalance(self, load_LE: np.ndarray) -> None:
     """Begins to place experts after the load of another window; not while `busy`."""
@@ -129,7 +129,7 @@ class Balancer:
       self._go_on()
     elif self._changes:
       layer, new_I = self._changes[0]
-      own_Wi, rounds = transfer.plan(self.expert_LI[layer], new_I, self._devices)
+      own_Wi, rounds = migrate.plan(self.expert_LI[layer], new_I, self._devices)
       self._move = self._begin(self._moe[layer], own_Wi), rounds
       self._finish_layer()
 
@@ -167,19 +167,19 @@ class Balancer:
     self._move = None
     at, layers = self._moe[layer], list(self.weights.layers)
     tables = slots.tables(new_I, self._cfg.moe.experts)
-    tables = jax.tree.map(lambda x: transfer.put(x, self._mesh), tables)
+    tables = jax.tree.map(lambda x: migrate.put(x, self._mesh), tables)
     ffn = layers[at].ffn._replace(w_in_EDF=arrays[0], w_out_EFD=arrays[1], slots=tables)
     layers[at] = layers[at]._replace(ffn=ffn)
     self.weights = self.weights._replace(layers=tuple(layers))
     self.expert_LI[layer] = new_I
 
   def _begin(self, layer: int, own_Wi: np.ndarray):
-    return transfer.begin(self._experts(layer), transfer.put(own_Wi, self._mesh, cut=True),
+    return migrate.begin(self._experts(layer), migrate.put(own_Wi, self._mesh, cut=True),
                           mesh=self._mesh)
 
-  def _exchange(self, layer: int, arrays, round: transfer.Round):
-    put = lambda x, cut: transfer.put(np.asarray(x, np.int32), self._mesh, cut)
-    return transfer.exchange(arrays, self._experts(layer), put(round.from_W, True),
+  def _exchange(self, layer: int, arrays, round: migrate.Round):
+    put = lambda x, cut: migrate.put(np.asarray(x, np.int32), self._mesh, cut)
+    return migrate.exchange(arrays, self._experts(layer), put(round.from_W, True),
                              put(round.to_W, True), put(round.distance, False), mesh=self._mesh)
 
   def _experts(self, layer: int):

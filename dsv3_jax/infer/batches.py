@@ -99,12 +99,16 @@ class Batches:
                mesh: jax.sharding.Mesh | None = None, expert_LI: np.ndarray | None = None):
     if mesh is not None and runtime.dispatch.overflow == "drop":
       raise ConfigError("runtime.dispatch.overflow='drop' loses tokens; serve with 'rounds'")
+    if mesh is None and settings.halves:
+      raise ConfigError("halves=True runs two micro-batches so that the tokens of one travel while "
+                        "the other computes; on a single device nothing travels")
     self.ranks = 1 if mesh is None else mesh.size
     self.balancer = None if mesh is None else balance.Balancer(cfg, weights, expert_LI, mesh)
     self.on_load: Callable[[np.ndarray], Any] = lambda load_LE: None
-    self._functions = spmd.functions(mesh, None if mesh is None else slots.specs(weights))
+    specs = None if mesh is None else slots.specs(weights)
+    self._functions = spmd.functions(mesh, specs, settings.halves)
     self._cfg, self._own, self._settings, self._mesh = cfg, weights, settings, mesh
-    self._call: dict[str, Any] = dict(drafts=0, cfg=cfg, runtime=runtime, halves=settings.halves)
+    self._call: dict[str, Any] = dict(drafts=0, cfg=cfg, runtime=runtime)
     self._dtype = cache_dtype or runtime.compute_dtype
     self._ends = np.array(sorted(stop), np.int32)
     self._tops = min(TOPS, cfg.vocab_size)

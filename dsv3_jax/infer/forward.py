@@ -25,6 +25,7 @@ from dsv3_jax.infer import ffn, matmul
 from dsv3_jax.infer.cache import Cache
 from dsv3_jax.infer.parameters import Attention, Experts, Layer, Parameters
 from dsv3_jax.model import layers, rope, routing
+from dsv3_jax.parallel import interleave
 
 
 def forward(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.Array,
@@ -40,13 +41,23 @@ def forward(weights: Parameters, cache: Cache, tokens_BT: jax.Array, new_B: jax.
     cfg: the model.
     runtime: implementations.
     fresh: static; the cache is empty: attention is computed expanded.
-    halves: static; two micro-batches, layer by layer: one's tokens travel to their experts while
-      the other attends (report 3.4). The cache is paged.
+    halves: static; two micro-batches, one's tokens on their way to experts and back while the
+      other computes (report 3.4). The cache is paged.
 
   Returns:
     h [B, T, D] before the final norm; fp32 [MoE layers, E], tokens that each expert got; and the
     cache, its lengths advanced by new_B.
   """
+  def run(weights, cache, tokens_BT, new_B):
+    return _layers(weights, cache, tokens_BT, new_B, cfg, runtime, fresh, halves)
+
+  if halves:
+    # Micro-batches of equal work, each with as few matmuls as all-to-alls: one behind each.
+    run = interleave.interleaved(run, in_order=True, travel=1)
+  return run(weights, cache, tokens_BT, new_B)
+
+
+def _layers(weights, cache, tokens_BT, new_B, cfg, runtime, fresh: bool, halves: bool):
   parts, axis = [_Part(tokens_BT, new_B, cache, fresh)], 0
   if halves and tokens_BT.size > 1:
     parts, axis = _halves(tokens_BT, new_B, cache, fresh)

@@ -12,6 +12,7 @@ the order of sums depends on where experts lie.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -103,39 +104,52 @@ def specs(weights: Parameters) -> Any:
   return whole._replace(layers=tuple(map(layer, weights.layers)))
 
 
-def place(weights: Parameters, expert_LI: np.ndarray, mesh: jax.sharding.Mesh) -> Parameters:
-  """Weights on the devices of a mesh, the main model's experts in slots.
-
-  MTP modules are left out: drafting has no part in the engine.
+def in_slots(weights: Parameters, expert_LI: np.ndarray,
+             order: Callable[[jax.Array, np.ndarray], Any] = lambda w, expert_I: w[expert_I]
+             ) -> Parameters:
+  """Weights with the main model's experts in slots, without MTP modules: the engine does not draft.
 
   Args:
     weights: of `parameters.prepare`.
     expert_LI: the expert of each slot of each MoE layer.
-    mesh: `node` and `gpu` cut the slots; everything else is on every device.
+    order: gives an array of experts in the order of slots.
 
   Raises:
-    ConfigError: the slots do not divide among the devices.
     ValueError: another number of MoE layers, or a placement that lacks an expert.
   """
   moe = [i for i, layer in enumerate(weights.layers) if isinstance(layer.ffn, Experts)]
   if len(moe) != len(expert_LI):
     raise ValueError(f"a placement of {len(expert_LI)} layers for {len(moe)} MoE layers")
-  per_device(expert_LI.shape[1], mesh)
   placed = list(weights.layers)
   for i, expert_I in zip(moe, expert_LI, strict=True):
     ffn = placed[i].ffn
-    order = functools.partial(_Ordered, expert_I)
+    w_in, w_out = jax.tree.map(functools.partial(order, expert_I=expert_I),
+                               (ffn.w_in_EDF, ffn.w_out_EFD))
     placed[i] = placed[i]._replace(ffn=ffn._replace(
-        w_in_EDF=jax.tree.map(order, ffn.w_in_EDF), w_out_EFD=jax.tree.map(order, ffn.w_out_EFD),
-        slots=tables(expert_I, ffn.w_router_DE.shape[1])))
-  made = weights._replace(layers=tuple(placed), mtp=())
+        w_in_EDF=w_in, w_out_EFD=w_out, slots=tables(expert_I, ffn.w_router_DE.shape[1])))
+  return weights._replace(layers=tuple(placed), mtp=())
+
+
+def place(weights: Parameters, expert_LI: np.ndarray, mesh: jax.sharding.Mesh) -> Parameters:
+  """`in_slots` on the devices of a mesh.
+
+  Args:
+    weights, expert_LI: see there.
+    mesh: `node` and `gpu` cut the slots; everything else is on every device.
+
+  Raises:
+    ConfigError: the slots do not divide among the devices.
+    ValueError: see `in_slots`.
+  """
+  per_device(expert_LI.shape[1], mesh)
+  made = in_slots(weights, expert_LI, _Ordered)
   return jax.tree.map(lambda x, spec: _put(x, NamedSharding(mesh, spec)), made, specs(made))
 
 
 class _Ordered:
   """Expert weights in the order of slots, without a copy of them all."""
 
-  def __init__(self, expert_I: np.ndarray, w_E: jax.Array):
+  def __init__(self, w_E: jax.Array, expert_I: np.ndarray):
     self._w, self._expert_I = np.asarray(w_E), expert_I
     self.shape = (len(expert_I), *w_E.shape[1:])
 

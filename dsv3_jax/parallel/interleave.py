@@ -33,26 +33,34 @@ _MATMULS = frozenset({"conv_general_dilated", "ragged_dot", "ragged_dot_general"
                       "ffi_call"})
 
 
-def interleaved(function: Callable) -> Callable:
-  """The same function of arrays; loops and conditionals in it count as one operation each."""
+def interleaved(function: Callable, in_order: bool = False, travel: int = TRAVEL) -> Callable:
+  """The same function of arrays; loops and conditionals in it count as one operation each.
+
+  Args:
+    function: of arrays.
+    in_order: of several matmuls the one that was written first is done, whatever comes after it.
+      Two chains that are alike stay out of step then: one computes while the other travels.
+    travel: how many matmuls an all-to-all takes.
+  """
 
   @functools.wraps(function)
   def call(*args):
     program = Program(function, *args)
     steps = {i: program.steps[i] for i in sorted(program.needed(program.outputs))}
     values = program.constants | dict(zip(program.inputs, jax.tree.leaves(args), strict=True))
-    _run(steps, values)
+    _run(steps, values, in_order, travel)
     return jax.tree.unflatten(program.tree, program.run((), values, program.outputs))
 
   return call
 
 
-def _run(steps: Mapping[int, Step], values: dict[int, Any]) -> None:
+def _run(steps: Mapping[int, Step], values: dict[int, Any], in_order: bool, travel: int) -> None:
   """Does the steps, as planned, with the values."""
   maker = {a: i for i, step in steps.items() for a in step.outputs}
   made_of = {i: [a for a in numbers(step.inputs) if a in maker] for i, step in steps.items()}
   order, behind = plan({i: _kind(step) for i, step in steps.items()},
-                       {i: {maker[a] for a in read} for i, read in made_of.items()})
+                       {i: {maker[a] for a in read} for i, read in made_of.items()}, in_order,
+                       travel)
   wait_for: dict[int, list[int]] = {}
   for exchange, matmuls in behind.items():
     for matmul in matmuls:
@@ -103,13 +111,15 @@ def _multiplies(eqn: Any) -> bool:
   return any(_multiplies(e) for j in inner for e in getattr(getattr(j, "jaxpr", j), "eqns", ()))
 
 
-def plan(kinds: Mapping[Hashable, str], reads: Mapping[Hashable, set[Hashable]]
+def plan(kinds: Mapping[Hashable, str], reads: Mapping[Hashable, set[Hashable]],
+         in_order: bool = False, travel: int = TRAVEL
          ) -> tuple[list[tuple[Hashable, bool]], dict[Hashable, list[Hashable]]]:
   """Plays the operations through.
 
   Args:
     kinds: operation -> "exchange", "matmul" or "", in an order in which they could be done.
     reads: operation -> those that it reads.
+    in_order, travel: see `interleaved`.
 
   Returns:
     Operations in the order of their beginnings, each with False, and exchanges a second time with
@@ -119,11 +129,11 @@ def plan(kinds: Mapping[Hashable, str], reads: Mapping[Hashable, set[Hashable]]
   for node, made in reads.items():
     for other in made:
       readers[other].append(node)
-  cost = {"exchange": TRAVEL, "matmul": 1, "": 0}
+  cost = {"exchange": travel, "matmul": 1, "": 0}
   way: dict[Hashable, int] = {}
   for node in reversed(kinds):
     way[node] = cost[kinds[node]] + max((way[r] for r in readers[node]), default=0)
-  urgency = {node: (-way[node], k) for k, node in enumerate(kinds)}
+  urgency = {node: (k if in_order else -way[node], k) for k, node in enumerate(kinds)}
   missing = {node: len(made) for node, made in reads.items()}
   order, behind, flying, matmuls = [], {}, [], []
   ready = [node for node in reversed(kinds) if not missing[node]]
@@ -148,7 +158,7 @@ def plan(kinds: Mapping[Hashable, str], reads: Mapping[Hashable, set[Hashable]]
         finish(node)
     for _, node in sorted(exchanges):
       start = max(free, now)
-      free = start + TRAVEL
+      free = start + travel
       flying.append((start, free, node))
       behind[node] = []
       order.append((node, False))

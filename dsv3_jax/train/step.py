@@ -216,7 +216,8 @@ def make_train_step(
     return jax.lax.with_sharding_constraint(
         (new, metrics), (where, jax.tree.map(lambda _: sharding.replicated(mesh), metrics)))
 
-  return compiler.jit(placed, mesh, cfg.runtime.schedule, donate_argnums=0)
+  return compiler.jit(placed, mesh, cfg.runtime.schedule.startswith("dualpipe"),
+                      donate_argnums=0)
 
 
 def pad_micro_batches(batch: dict[str, Any], micros: int) -> dict[str, Any]:
