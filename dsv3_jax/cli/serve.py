@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from dsv3_jax import trained
+from dsv3_jax import config, trained
 from dsv3_jax.config import ConfigError
 
 SUMMARY = "a trained model behind an OpenAI-compatible HTTP API, with a chat page"
@@ -16,10 +16,15 @@ DESCRIPTION = (
     "/v1/chat/completions (both streaming), /v1/models, /metrics for Prometheus, /health, and a\n"
     "page for a browser at /. Requests are batched as they come (continuous batching over a paged\n"
     "latent cache); equal beginnings of prompts are read once. SIGTERM or SIGINT: no new calls,\n"
-    "those under way are answered first.")
+    "those under way are answered first.\n\n"
+    "With --mesh over several devices: each has requests of its own, and a part of the experts.\n"
+    "Redundant experts relieve the busiest devices; where experts are follows the load that they\n"
+    "have, and requests go on while they move (`dsv3 simulate` shows what to expect of it).")
 EXAMPLES = (
     "  dsv3 serve runs/tiny\n"
     "  DSV3_API_KEY=secret dsv3 serve exported --host=0.0.0.0 --port=8080 --name=mine\n"
+    "  dsv3 serve exported --mesh=2x8 --redundant=32 --rebalance=300 --record=load --halves\n"
+    "  XLA_FLAGS=--xla_force_host_platform_device_count=4 dsv3 serve runs/tiny --mesh=1x4\n"
     "  curl http://127.0.0.1:8000/v1/completions -d '{\"prompt\": \"def main(\"}'")
 
 
@@ -52,6 +57,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                            "%(default)g)")
   parser.add_argument("--no-sharing", action="store_true",
                       help="read equal beginnings of prompts anew each time")
+  several = parser.add_argument_group("several devices")
+  several.add_argument("--mesh", default="", metavar="NODESxGPUS",
+                       help="devices, over which experts are cut; COPIESxNODESxGPUS: so many "
+                            "copies of all experts; --tokens and --running are of each device "
+                            "(default: one device)")
+  several.add_argument("--redundant", type=int, default=0, metavar="N",
+                       help="experts that are on two devices or more, of each layer (default: "
+                            "%(default)s)")
+  several.add_argument("--load", metavar="PATH",
+                       help="place experts at first by a recorded load: a run's workdir, or what "
+                            "--record has written")
+  several.add_argument("--rebalance", type=float, default=60.0, metavar="S",
+                       help="seconds between two looks at the load, after which experts may move; "
+                            "0: never (default: %(default)g)")
+  several.add_argument("--record", metavar="DIR",
+                       help="append the load of each such window to DIR/metrics.jsonl, for --load "
+                            "and `dsv3 simulate --load=DIR`; on one device too")
+  several.add_argument("--halves", action="store_true",
+                       help="run two micro-batches, one's tokens on their way to experts while the "
+                            "other computes")
+  several.add_argument("--dispatch", choices=("two_hop", "flat", "gather"), default="two_hop",
+                       help="how tokens reach experts (default: %(default)s)")
   parser.add_argument("--cold", action="store_true",
                       help="compile when a size is first wanted, not before the first call")
 
@@ -66,6 +93,14 @@ def run(args: argparse.Namespace) -> int:
   for name in ("timeout", "patience", "tokens"):
     if getattr(args, name) <= 0:
       raise ConfigError(f"--{name}={getattr(args, name):g} must be positive")
+  for name in ("redundant", "rebalance"):
+    if getattr(args, name) < 0:
+      raise ConfigError(f"--{name}={getattr(args, name):g} must not be negative")
+  for name in ("redundant", "load", "halves"):
+    if getattr(args, name) and not args.mesh:
+      raise ConfigError(f"--{name} goes with --mesh: it is about several devices")
+  if args.record and not args.rebalance:
+    raise ConfigError("--record writes a line each --rebalance seconds, which is 0")
   if not 0 <= args.port < 65536:
     raise ConfigError(f"--port={args.port} must lie between 0 and 65535")
   try:
@@ -75,18 +110,30 @@ def run(args: argparse.Namespace) -> int:
   except ImportError as e:
     raise ConfigError(f"serving wants {e.name}: pip install 'dsv3-jax[serve]'") from None
   from dsv3_jax.infer.engine import Engine, Settings
-  from dsv3_jax.serve import app, guard
+  from dsv3_jax.serve import app, devices, guard
   from dsv3_jax.serve.worker import Worker
 
   page = 64
   settings = Settings(-(-args.tokens // page), page, args.longest, args.running, args.chunk,
-                      queue=args.queue, share=not args.no_sharing)
+                      queue=args.queue, share=not args.no_sharing, halves=args.halves,
+                      window=args.rebalance if args.mesh or args.record else 0.0)
+  mesh, load_LE = devices.sizes(args.mesh) if args.mesh else None, None
+  if args.load:
+    from dsv3_jax.analysis import recorded_load
+    load_LE = recorded_load.read(args.load).sum(0)
+  record = devices.Recorder(args.record) if args.record else None
   generator, tokenizer, context = trained.load(args.source, args.step, args.ema, args.dtype,
                                                args.cache)
   if not args.longest:
     settings = dataclasses.replace(settings, longest=min(context, settings.limit))
-  engine = Engine(generator.cfg, generator.weights, settings, generator.runtime,
-                  generator.cache_dtype, frozenset({tokenizer.eos}), tokenizer.vocab_size)
+  how = dict(weights=generator.weights, runtime=generator.runtime)
+  if mesh is not None:
+    runtime = config.replace(generator.runtime, **{"dispatch.form": args.dispatch})
+    how = devices.spread(generator.cfg, generator.weights, runtime, mesh, args.redundant, load_LE)
+  engine = Engine(generator.cfg, settings=settings, cache_dtype=generator.cache_dtype,
+                  stop=frozenset({tokenizer.eos}), vocabulary=tokenizer.vocab_size, **how)
+  if record is not None:
+    engine.batches.on_load = record
   name = args.name or Path(args.source).resolve().name
   key = args.api_key or os.environ.get("DSV3_API_KEY", "")
   open_to_all = bool(key) or not _loopback(args.host)

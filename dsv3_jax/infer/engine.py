@@ -34,6 +34,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.infer import decode
+from dsv3_jax.infer.balance import Balancer
 from dsv3_jax.infer.batches import Batches, Settings
 from dsv3_jax.infer.parameters import Parameters
 from dsv3_jax.infer.rank import Rank
@@ -129,6 +130,11 @@ class Engine:
   def pages(self) -> int:
     """Pages of the cache, of all devices."""
     return sum(rank.pages.count for rank in self._ranks)
+
+  @property
+  def balancer(self) -> Balancer | None:
+    """Of the experts of several devices."""
+    return self.batches.balancer
 
   # --- the engine's thread
 

@@ -71,3 +71,13 @@ class _Engine:
         ("cache_pages", "Pages of the cache", engine.pages),
         ("up", "Whether the engine runs", float(self._worker.alive))):
       yield GaugeMetricFamily(f"dsv3_{name}", text, value=value)
+    balancer = engine.balancer
+    if balancer is not None:
+      for name, text, kind, value in (
+          ("expert_imbalance", "Max / mean load of the devices by today's placement of experts",
+           GaugeMetricFamily, balancer.imbalance),
+          ("rebalancings", "New placements of experts", CounterMetricFamily,
+           balancer.totals["rebalanced"]),
+          ("experts_moved", "Experts that devices fetched from others", CounterMetricFamily,
+           balancer.totals["moved"])):
+        yield kind(f"dsv3_{name}", text, value=value)
