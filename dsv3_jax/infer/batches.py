@@ -20,7 +20,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
-from dsv3_jax.infer import balance, decode, sampler, slots, spmd
+from dsv3_jax.infer import balance, decode, handover, sampler, slots, spmd
 from dsv3_jax.infer import cache as cache_lib
 from dsv3_jax.infer.cache import Cache
 from dsv3_jax.infer.parameters import Parameters
@@ -90,6 +90,8 @@ class Batches:
   Attributes:
     ranks: devices that have sequences of their own, each with `settings.pages` pages and up to
       `settings.running` jobs that decode.
+    dtype: of the cache.
+    table: pages that a request may have.
     balancer: of a mesh, or None.
     on_load: called with the experts' load of each window, fp64 [MoE layers, E] tokens.
   """
@@ -109,14 +111,14 @@ class Batches:
     self._functions = spmd.functions(mesh, specs, settings.halves)
     self._cfg, self._own, self._settings, self._mesh = cfg, weights, settings, mesh
     self._call: dict[str, Any] = dict(drafts=0, cfg=cfg, runtime=runtime)
-    self._dtype = cache_dtype or runtime.compute_dtype
+    self.dtype = cache_dtype or runtime.compute_dtype
     self._ends = np.array(sorted(stop), np.int32)
     self._tops = min(TOPS, cfg.vocab_size)
     self._forbidden_V = None
     if 0 < vocabulary < cfg.vocab_size:
       self._forbidden_V = np.zeros(cfg.vocab_size, np.float32)
       self._forbidden_V[vocabulary:] = -np.inf
-    self._table = -(-settings.limit // settings.page_size)  # N, pages that a request may have
+    self.table = -(-settings.limit // settings.page_size)  # N
     self._sizes = [settings.chunk]
     while self._sizes[-1] // 2 >= _LEAST:
       self._sizes.append(self._sizes[-1] // 2)
@@ -134,7 +136,7 @@ class Batches:
     self._layers: Any = ()  # two caches at once may be more than there is room for
     plain = config.replace(self._cfg, mtp_depth=0)  # no drafts, so no layers for their modules
     made = jax.eval_shape(lambda: cache_lib.make_paged(
-        plain, 1, self.ranks * s.pages, s.page_size, 1, self._dtype))
+        plain, 1, self.ranks * s.pages, s.page_size, 1, self.dtype))
     # On devices for good, as what comes out of a step is: otherwise the first step compiles anew.
     device = min(self.weights.final_norm_D.devices(), key=lambda d: d.id)
     on = lambda spec: device if self._mesh is None else jax.NamedSharding(self._mesh, spec)
@@ -142,14 +144,14 @@ class Batches:
     shape = (self._cfg.moe_layers, self._cfg.moe.experts)
     self._load_LE = jnp.zeros(shape, device=on(jax.sharding.PartitionSpec()))
 
-  def warm(self, say: Callable[[str], Any]) -> None:
-    """Compiles all sizes; `say` hears of each."""
-    for first in (True, False):
+  def warm(self, say: Callable[[str], Any], reads: bool = True, writes: bool = True) -> None:
+    """Compiles all sizes of what is going to be called; `say` hears of each."""
+    for first in (True, False) if reads else ():
       for tokens in self._sizes:
         say(f"{'first' if first else 'later'} chunks of prompts, {tokens} tokens")
         self._read([], [[0] * tokens], first)
     B = 1
-    while B < 2 * self._settings.running:
+    while writes and B < 2 * self._settings.running:
       say(f"decoding of {B} requests" + (" on each device" if self.ranks > 1 else ""))
       for plain in (True, False):
         self._write([], B, 1, plain)
@@ -187,6 +189,14 @@ class Batches:
     drawn = self._write(rows, B, run, all(job.plain for of in jobs for job in of))
     self._tend()
     return drawn, B
+
+  def fetch(self, rank: int, pages: Sequence[int]) -> list[jax.Array]:
+    """A copy of a device's pages, in blocks (`handover.fetch`)."""
+    return handover.fetch(self._layers, rank, self.ranks, pages)
+
+  def store(self, rank: int, pages: Sequence[int], blocks: Sequence[jax.Array]) -> None:
+    """Puts blocks of another cache into a device's pages."""
+    self._layers = handover.store(self._layers, rank, self.ranks, pages, blocks)
 
   def _tend(self) -> None:
     """Looks at the experts' load if it is time, and lets the balancer go on."""
@@ -231,7 +241,7 @@ class Batches:
     return sampler.rows([sampler.GREEDY if job is None else job.request.sampling for job in rows])
 
   def _cache(self, rows: Sequence[Job | None]) -> Cache:
-    pages_BN = np.zeros((len(rows), self._table), np.int32)
+    pages_BN = np.zeros((len(rows), self.table), np.int32)
     lengths_B = np.zeros(len(rows), np.int32)
     for b, job in enumerate(rows):
       if job is not None:
