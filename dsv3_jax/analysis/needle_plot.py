@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,7 +14,7 @@ from dsv3_jax import files
 from dsv3_jax.analysis import plots
 
 DPI = 160
-_MAPS = (("recall", "value written (recall)", "RdYlGn", "{:.0%}"),
+_MAPS = (("recall", "value written (recall)", "viridis", "{:.0%}"),
          ("bits", "bits of the value", "viridis_r", "{:.1f}"))
 
 
@@ -57,6 +58,8 @@ def _map(axes: Axes, values_YX: np.ndarray, top: float, colours: str, form: str)
     axes.text(x + 0.5, y + 0.5, form.format(value), ha="center", va="center", fontsize=8,
               color="#222222" if light else "#ffffff")
   bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05, aspect=18)
+  if form.endswith("%}"):
+    bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
   bar.ax.tick_params(colors=plots.MUTED, labelsize=8)
   bar.outline.set_visible(False)
 
@@ -66,8 +69,9 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float], trained:
                   rotation=30 if len(lengths) > 6 else 0)
   axes.set_yticks(np.arange(len(depths)) + 0.5, [f"{100 * d:.3g} %" for d in depths])
   axes.tick_params(length=0)
-  axes.set_xlabel("tokens", color=plots.TEXT)
   axes.set_ylabel("depth of the needle", color=plots.TEXT)
-  within = sum(n <= trained for n in lengths)
+  within, words = sum(n <= trained for n in lengths), "tokens"
   if 0 < within < len(lengths):
+    words = f"tokens (trained to see {trained:,}: dashed)"
     axes.axvline(within, color=plots.TEXT, linewidth=1.4, linestyle=(0, (4, 2)))
+  axes.set_xlabel(words, color=plots.TEXT)

@@ -66,11 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="the needle, with {key} and {value}; asked for is what follows the text "
                            "before {value} (default: 'The magic number of {key} is {value}.')")
   needle.add_argument("--digits", type=int, metavar="N", help="of the value (default: 5)")
+  needle.add_argument("--values", metavar="WORD,...",
+                      help="words of which the value is one, in place of a number")
 
 
 _OF_ALL = ("json", "rows", "dtype", "cache")
 _OWN = {"text": ("stride", "window"), "needle": ("lengths", "depths", "needles", "filler",
-                                                 "template", "digits", "seed"),
+                                                 "template", "digits", "values",
+                                                 "seed"),
         "tasks": ("samples", "temperature", "top_p", "pass_at", "seed", "window")}
 
 
@@ -205,7 +208,10 @@ def _plan_needle(args: argparse.Namespace, rows: int) -> Callable[..., Any]:
 
   template = needle.TEMPLATE if args.template is None else args.template
   digits = needle.DIGITS if args.digits is None else args.digits
-  needle.check(template, depths, digits)
+  values = [] if args.values is None else args.values.split(",")
+  if values and args.digits is not None:
+    raise ConfigError("--digits and --values: a value is a number or a word; give one of the two")
+  needle.check(template, depths, digits, values)
   seed = args.seed or 0
   if not 0 <= seed < 2**32:
     raise ConfigError(f"--seed={seed} must lie between 0 and 2^32 - 1")
@@ -218,9 +224,10 @@ def _plan_needle(args: argparse.Namespace, rows: int) -> Callable[..., Any]:
     filler = needle.Filler(model.tokenizer, texts)
     sizes = lengths or [max(1, round(model.context * share)) for share in LENGTHS]
     stacks = [h for length in sizes for n in range(number)
-              for h in needle.make(filler, length, depths, n, seed, template, digits)]
+              for h in needle.make(filler, length, depths, n, seed, template, digits, values)]
     found = needle.measure(model.generator, model.tokenizer, stacks, rows, bar("needles"))
-    return {**needle.summary(found), "template": template, "digits": digits, "seed": seed,
+    return {**needle.summary(found), "template": template, "seed": seed,
+            "digits": 0 if values else digits, "values": values,
             "filler": args.filler or "plain sentences"}, found
 
   return measure
@@ -292,7 +299,8 @@ def _show(results: dict[str, Any], samples: dict[str, Any], args: argparse.Names
 
   console = Console(width=None if sys.stdout.isatty() else 120)
   for title, head, rows in report.tables(results):
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
     for i, name in enumerate(head):
       table.add_column(name, justify="right" if i else "left", overflow="fold")
     for cells in rows:

@@ -13,10 +13,11 @@ how the whole would be; the stretch begins within a line where it must, as windo
 
 Three measures, from hard to soft:
 
-    recall   the greedily written text begins with the value (and no digit follows it)
+    recall   the greedily written text begins with the value (and no letter or digit follows it)
     forced   each token of the value is the likeliest given those before it
     bits     -log2 of the value's probability; five random digits are 16.5 bits to whom the needle
-             says nothing. `gain`: how many fewer than after the question alone
+             says nothing, one of n given words log2(n). `gain`: how many fewer than after the
+             question alone
 
 The first two differ only where a value is written in other tokens. Bits still tell models apart
 that never recall anything.
@@ -112,7 +113,8 @@ class Filler:
 
 
 def make(filler: Filler, length: int, depths: Sequence[float], number: int = 0, seed: int = 0,
-         template: str = TEMPLATE, digits: int = DIGITS) -> list[Haystack]:
+         template: str = TEMPLATE, digits: int = DIGITS, values: Sequence[str] = ()
+         ) -> list[Haystack]:
   """Haystacks that differ by depth alone.
 
   Args:
@@ -123,16 +125,17 @@ def make(filler: Filler, length: int, depths: Sequence[float], number: int = 0, 
     template: the needle, with {key} and, later, {value}; the question is what stands before
       {value}.
     digits: of the value.
+    values: words of which it is one instead, for models that cannot copy numbers.
 
   Raises:
     ConfigError: a template without its two names in that order, a depth that is none, or a length
       that leaves no room for filler.
   """
-  check(template, depths, digits)
+  check(template, depths, digits, values)
   tokenizer, rng = filler.tokenizer, np.random.default_rng([seed, length, number])
   key = "".join(c for pair in zip(rng.choice(list("bdfgklmnprstvz"), 3),
                                   rng.choice(list("aeiou"), 3), strict=True) for c in pair)
-  value = str(rng.integers(10**(digits - 1), 10**digits))
+  value = str(rng.choice(values) if values else rng.integers(10**(digits - 1), 10**digits))
   text = template.replace("{key}", key)
   asked, _, after = text.partition("{value}")
   needle = tokenizer.encode(f"{asked}{value}{after}".rstrip("\n") + "\n")
@@ -155,7 +158,8 @@ def make(filler: Filler, length: int, depths: Sequence[float], number: int = 0, 
   return found
 
 
-def check(template: str, depths: Sequence[float], digits: int = DIGITS) -> None:
+def check(template: str, depths: Sequence[float], digits: int = DIGITS,
+          values: Sequence[str] = ()) -> None:
   """Errors of `make` that do not depend on a tokenizer."""
   key, value = template.find("{key}"), template.find("{value}")
   if not 0 <= key < value:
@@ -166,6 +170,9 @@ def check(template: str, depths: Sequence[float], digits: int = DIGITS) -> None:
                       "beginning) to 1 (the end)")
   if not 1 <= digits <= 18:
     raise ConfigError(f"{digits} digits; a value has from 1 to 18")
+  if values and (len(set(values)) < 2 or not all(v.strip() == v != "" for v in values)):
+    raise ConfigError(f"values {', '.join(map(repr, values))}: give two or more, without space "
+                      "around them")
 
 
 def measure(generator: Generator, tokenizer: Any, haystacks: Sequence[Haystack], rows: int = 8,
@@ -190,8 +197,8 @@ def measure(generator: Generator, tokenizer: Any, haystacks: Sequence[Haystack],
     alone[pair] = _bits(own)
   scores = score.score(generator, [(h.prompt, h.answer) for h in haystacks], rows,
                        lambda done: say(done, every))
-  # A digit a token at worst, one before them, and one more to see what follows.
-  jobs = [generation.Job(h.prompt, len(h.value) + 2) for h in haystacks]
+  # A byte a token at worst, one before them, and one more to see what follows.
+  jobs = [generation.Job(h.prompt, len(h.value.encode()) + 2) for h in haystacks]
   texts = generation.write(generator, tokenizer, jobs, rows,
                            lambda done, _: say(len(haystacks) + done, every))
   found = []
@@ -200,7 +207,7 @@ def measure(generator: Generator, tokenizer: Any, haystacks: Sequence[Haystack],
     bits = _bits(own)
     found.append({"length": h.length, "depth": h.depth, "place": h.place, "number": h.number,
                   "key": h.key, "value": h.value, "text": written.text,
-                  "recall": bool(re.match(rf"{expected}(?!\d)", written.text.strip())),
+                  "recall": bool(re.match(rf"{expected}(?!\w)", written.text.strip())),
                   "forced": own.greedy, "bits": bits, "ranks": own.ranks,
                   "gain": alone[tuple(h.question), tuple(h.answer)] - bits})
   return found

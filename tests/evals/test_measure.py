@@ -204,6 +204,11 @@ def test_needles(model, nats, own_logits, rollout):
     assert one["text"] == t.decode(rollout(h.prompt, 4))
   recalls = [False, False, False, True]
   assert [f["recall"] for f in found] == recalls == [f["forced"] for f in found]
+  # Jobs of several lengths at once.
+  jobs = [generation.Job(h.prompt, n) for h, n in zip(made, (4, 3, 2, 1))]
+  for job, written in zip(jobs, generation.write(model.generator, t, jobs), strict=True):
+    assert written.text == t.decode(rollout(job.prompt, job.max_tokens))
+    assert (written.tokens, written.finish) == (job.max_tokens, "length")
 
 
 # --- the command --------------------------------------------------------------------------------

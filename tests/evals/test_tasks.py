@@ -170,8 +170,10 @@ def test_haystacks(tokenizer):
   assert [tokenizer.decode(line) for line in short.lines] == ["one\n\n \n", "two\n"]
   code, = needle.make(short, 90, (0.5,), template="{key} = {value}", digits=2)
   assert f"\n{code.key} = {code.value}\n" in tokenizer.decode(code.prompt)
-  for wrong in (dict(length=20), dict(depths=(2,)), dict(depths=()), dict(template="{value} {key}"),
-                dict(digits=0)):
+  word, = needle.make(short, 90, (0.5,), values=("red", "blue"))
+  assert word.value in ("red", "blue") and tokenizer.decode(word.answer) == f" {word.value}"
+  for wrong in (dict(values=("a", "a")), dict(length=20), dict(depths=(2,)), dict(depths=()),
+                dict(template="{value} {key}"), dict(digits=0)):
     with pytest.raises(ConfigError):
       needle.make(filler, **{"length": 400, "depths": (0,), **wrong})
 
