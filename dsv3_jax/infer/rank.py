@@ -5,10 +5,26 @@ back; the oldest always goes on, so all come to an end.
 """
 
 import collections
+import dataclasses
 
 from dsv3_jax.infer.batches import Settings
 from dsv3_jax.infer.pages import Pages
 from dsv3_jax.infer.request import Job
+
+
+@dataclasses.dataclass(eq=False)
+class Offer:
+  """A job whose prompt was run, for another engine to go on with.
+
+  Attributes:
+    job: it belongs to the other engine.
+    rank: where it was.
+    pages: of that rank, which hold all but its last token until `Rank.free`.
+  """
+
+  job: Job
+  rank: "Rank"
+  pages: list[int]
 
 
 class Rank:
@@ -22,7 +38,7 @@ class Rank:
     pages: its pages of the cache.
     prompts: jobs whose prompts are being run, in turns.
     writing: those that decode, oldest first.
-    held: pages that wait to be handed to another engine, of jobs that are that engine's by now.
+    offers: to another engine, which has not yet taken them.
   """
 
   def __init__(self, number: int, settings: Settings):
@@ -30,7 +46,7 @@ class Rank:
     self.pages = Pages(settings.pages, settings.page_size, settings.share)
     self.prompts: collections.deque[Job] = collections.deque()
     self.writing: list[Job] = []
-    self.held: dict[Job, list[int]] = {}
+    self.offers: set[Offer] = set()
 
   @property
   def live(self) -> list[Job]:
@@ -63,7 +79,7 @@ class Rank:
     taken = self.pages.take(need) if self.pages.free >= need + len(self.writing) else None
     if taken is None:
       self.pages.release(found)
-      if not (self.prompts or self.writing or self.held):
+      if not (self.prompts or self.writing or self.offers):
         raise RuntimeError(f"{self.pages.free} of {self.pages.count} pages are free with nothing "
                            "under way")
       return False
@@ -117,6 +133,22 @@ class Rank:
         place.remove(job)
     self.pages.release(job.pages)
     job.pages, job.written, job.published = [], 0, 0
+
+  def offer(self, job: Job) -> Offer:
+    """Gives a job that writes to another engine, without its pages."""
+    filled = -(-job.written // self.pages.size)
+    made = Offer(job, self, job.pages[:filled])
+    self.pages.release(job.pages[filled:])
+    self.offers.add(made)
+    job.pages, job.written, job.published = [], 0, 0
+    self.writing.remove(job)
+    return made
+
+  def free(self, offer: Offer) -> None:
+    """Frees the pages of an offer, once."""
+    if offer in self.offers:
+      self.offers.remove(offer)
+      self.pages.release(offer.pages)
 
   def _shareable(self, job: Job) -> list[bytes]:
     """Names of the pages that it may share: its last token must be run for what comes after it."""

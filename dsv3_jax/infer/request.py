@@ -134,6 +134,7 @@ class Job:
     self.preempted = 0
     self.cancelled = ""
     self.rank = 0  # whose pages it has
+    self.offer: Any = None  # of another engine, to take its pages from
     self.pages: list[int] = []
     self.written = 0  # tokens in the cache
     self.published = 0  # pages that others may find
