@@ -111,7 +111,8 @@ def step_at(generator, context: int, steps: int = 32):
     held = jax.tree.map(lambda x: x.copy(), cache)
     state = decode.State(cache_lib.Cache(held.layers, jax.numpy.asarray(length_B)),
                          jax.numpy.zeros(BATCH, "int32"), jax.numpy.full(BATCH, 99, "int32"), None,
-                         None, jax.numpy.zeros((generator.cfg.moe_layers, generator.cfg.moe.experts)))
+                         None, jax.numpy.zeros((generator.cfg.moe_layers,
+                                                generator.cfg.moe.experts)))
     jax.block_until_ready(state)
     start = time.perf_counter()
     made = decode.run(generator.weights, state, np.ones(BATCH, bool), r, None,

@@ -18,8 +18,10 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 
 from benchmarks import serving
+from dsv3_jax.serve import worker
 
 CALLS, CLIENTS, PROMPTS = 1000, 32, 40
 LONGEST = 1024  # tokens of a request
@@ -195,7 +197,8 @@ async def idle(url: str) -> dict:
 
 async def run(args, options, prompts) -> Storm:
   """The whole of it, over two lives of the server."""
-  with serving.server(args.workdir, *options) as (url, first):
+  with (tempfile.TemporaryFile("w+") as log,
+        serving.server(args.workdir, *options, log=log) as (url, first)):
     made = Storm(url, await alone(url, prompts), args.seed)
     calls = asyncio.ensure_future(storm(made, args.calls))
     while sum(made.done.values()) < args.calls // 2 and not calls.done():
@@ -204,6 +207,9 @@ async def run(args, options, prompts) -> Storm:
     ended = await asyncio.to_thread(first.wait, 60)
     if ended not in (0, -signal.SIGTERM):
       raise Wrong(f"SIGTERM ended the server with {ended}")
+    log.seek(0)
+    if worker.LEFT in (said := log.read()):
+      raise Wrong(f"the first server kept something:\n{said}")
   with serving.server(args.workdir, *options) as (url, second):
     await calls
     print(f"at the end: {await idle(url)}")

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import IO
 
 from benchmarks import common
 
@@ -22,12 +23,12 @@ CLIENTS, WORDS, NEW, LONG = 16, 60, 64, 12000
 
 
 @contextlib.contextmanager
-def server(workdir: str, *options: str):
-  """The address of a server that ends with the block, and its process."""
+def server(workdir: str, *options: str, log: int | IO[str] = subprocess.DEVNULL):
+  """The address of a server that ends with the block, and its process; `log` is its stderr."""
   command = [sys.executable, "-c", "from dsv3_jax import cli; cli.main()", "serve", workdir,
              "--port=0", *options]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
                         env=environment) as process:
     try:
       yield re.search(r"http://\S+", process.stdout.readline())[0], process

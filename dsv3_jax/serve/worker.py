@@ -9,6 +9,7 @@ from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.request import Event, Request
 
 _log = logging.getLogger(__name__)
+LEFT = "the engine has ended, and these are left:"
 _NAP = 0.5  # seconds between two looks for the end
 
 
@@ -49,6 +50,9 @@ class Worker:
         ends = self._end.is_set()  # before the step, which so sees all that came in time
         if not self.engine.step():
           if ends:
+            left = {name: n for name, n in self.engine.counts().items() if n}
+            if left:  # nothing is under way, so nobody would ever give this back
+              _log.error("%s %s", LEFT, left)
             return
           self.engine.wait(_NAP)
     except BaseException:

@@ -150,6 +150,26 @@ def test_completion_by_the_openai_package(client, written, tokenizer):
   assert [c.index for c in many.choices] == [0, 1, 2, 3]
 
 
+def test_streamed_logprobs_are_those_of_the_whole(server):
+  """Law: the parts of a stream, one after another, are the answer that comes at once."""
+  for path, ask in (("completions", {"prompt": "def ", "logprobs": 2}),
+                    ("chat/completions", {"messages": [{"role": "user", "content": "a"}],
+                                          "logprobs": True, "top_logprobs": 2})):
+    ask |= {"max_tokens": 9, "n": 2, "temperature": 1.1, "seed": 4}
+    whole = server.post(f"/v1/{path}", ask).json()["choices"]
+    parts = {0: [], 1: []}
+    for line in server.post(f"/v1/{path}", ask | {"stream": True}).text.splitlines():
+      if line.startswith("data: {"):
+        for choice in json.loads(line[6:])["choices"]:
+          if choice.get("logprobs"):
+            parts[choice["index"]].append(choice["logprobs"])
+    for choice in whole:
+      for key, values in choice["logprobs"].items():
+        if values is not None:
+          joined = [v for part in parts[choice["index"]] for v in part[key]]
+          assert joined == values and (len(values) == 9 or key == "refusal")
+
+
 def test_drawn_completions(client):
   """Law: a seed repeats, choices differ, no padding id is drawn, log-probabilities fit."""
   ask = dict(model="small", prompt="def ", max_tokens=16, temperature=1.5, seed=3, n=3, logprobs=4)
@@ -322,6 +342,32 @@ def test_who_leaves_and_what_takes_too_long(generator, tokenizer):
     with pytest.raises(httpx.RemoteProtocolError):
       server.post("/v1/completions", ask | {"stream": True})
     assert server.idle() and server.engine.totals["cancelled"] == 4
+
+
+def test_a_reader_so_slow_that_sockets_fill(generator, tokenizer):
+  """Law: who asks for a stream and never reads holds nobody up, gets its answer whole when it does
+  read, and leaves nothing."""
+  ask = {"prompt": "def ", "max_tokens": 400, "logit_bias": {str(tokenizer.eos): -100},
+         "stream": True, "logprobs": 20}
+  with running(generator, tokenizer) as server:
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps(ask).encode()
+    with socket.socket() as slow:
+      slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)  # before it connects
+      slow.connect((host, int(port)))
+      slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: %b\r\nconnection: close\r\n"
+                   b"content-length: %d\r\n\r\n%b" % (host.encode(), len(body), body))
+      while not server.engine.totals["new"] > 20:
+        time.sleep(0.01)
+      for _ in range(3):
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 3}).status_code == 200
+      assert server.idle()
+      slow.settimeout(30)
+      answer = b""
+      while part := slow.recv(65536):
+        answer += part
+    assert answer.count(b'"token_logprobs"') > 100 and b"data: [DONE]" in answer
+    assert len(answer) > 200_000  # more than buffers on the way hold
 
 
 def test_key(generator, tokenizer):
