@@ -1,0 +1,1 @@
+"""Post-training: supervised fine-tuning, rewards, GRPO, distillation (report 5)."""
