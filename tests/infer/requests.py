@@ -3,6 +3,8 @@
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax.infer import decode
+from dsv3_jax.infer.batches import Batches
 from dsv3_jax.infer.engine import Settings
 from dsv3_jax.infer.generate import Generator
 from dsv3_jax.infer.request import Request
@@ -67,3 +69,48 @@ def check(asked, generator):
     assert events[-1].finish == job.finish == ("length" if len(tokens) == request.most else "stop")
     assert [e.finish for e in events[:-1]] == [""] * (len(events) - 1)
     np.testing.assert_allclose([t.logprob for e in events for t in e.tokens], logprobs, atol=1e-5)
+
+
+class Three:
+  """Batches of three devices: three of one, as `Batches` puts their rows together."""
+
+  ranks = 3
+
+  def __init__(self, *args):
+    self._each = [Batches(*args) for _ in range(3)]
+    self.dtype, self.table = self._each[0].dtype, self._each[0].table
+
+  def reset(self):
+    for one in self._each:
+      one.reset()
+
+  def read(self, jobs, parts):
+    new = [one.read([job], [part]) if job else None
+           for one, job, part in zip(self._each, jobs, parts, strict=True)]
+    return self._joined(new, 1)
+
+  def write(self, jobs, run):
+    new = [one.write([some], run)[0] if some else None
+           for one, some in zip(self._each, jobs, strict=True)]
+    rows = max(map(len, jobs))
+    return self._joined(new, rows), rows
+
+  def fetch(self, rank, pages):
+    return self._each[rank].fetch(0, pages)
+
+  def store(self, rank, pages, blocks):
+    self._each[rank].store(0, pages, blocks)
+
+  def _joined(self, new, rows):
+    """All rows of all devices, padded; rows and their alternatives are as many as needed."""
+    given = [x for x in new if x is not None]
+    shapes = [np.max([x[i].shape for x in given], axis=0) for i in range(5)]
+    joined = []
+    for i, (N, _, *rest) in enumerate(shapes):
+      found = np.zeros((N, 3 * rows, *rest), np.asarray(given[0][i]).dtype)
+      for r, x in enumerate(new):
+        if x is not None:
+          one = np.asarray(x[i])[:, :rows]
+          found[:, r * rows:r * rows + one.shape[1]][tuple(map(slice, one.shape))] = one
+      joined.append(found)
+    return decode.New(*joined)

@@ -10,6 +10,8 @@ import pytest
 from dsv3_jax.config import ConfigError
 from dsv3_jax.infer import cache as cache_lib
 from dsv3_jax.infer import decode, handover
+from dsv3_jax.infer import engine as engine_lib
+from dsv3_jax.infer.batches import Batches
 from dsv3_jax.infer.disaggregated import Disaggregated, Reader, Writer
 from dsv3_jax.infer.engine import Closed
 from dsv3_jax.infer.request import Request
@@ -18,6 +20,7 @@ from tests import quick
 from tests.infer.requests import (
     CFG,
     SETTINGS,
+    Three,
     V,
     ask,
     check,
@@ -48,10 +51,11 @@ def elsewhere(generator):
 
 
 def sides(generator, elsewhere, reader=None, writer=None):
-  """A reader on the second device and a writer on the first."""
+  """A reader on the second device and a writer on the first; these have other settings."""
   make = lambda kind, weights, changes: kind(
-      CFG, weights, dataclasses.replace(SETTINGS, **(changes or {})), small.RUNTIME)
-  return Disaggregated(make(Reader, elsewhere, reader), make(Writer, generator.weights, writer))
+      CFG, weights, dataclasses.replace(SETTINGS, running=2, **changes), small.RUNTIME)
+  return Disaggregated(make(Reader, elsewhere, reader or {}),
+                       make(Writer, generator.weights, {"pages": 16, **(writer or {})}))
 
 
 @pytest.fixture
@@ -73,18 +77,24 @@ def finish(made, rng=None):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_each_equals_its_solo_run(generator, elsewhere, share):
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_each_equals_its_solo_run(generator, elsewhere, monkeypatch, share, ranks):
   """Oracle: the generator. Requests come while others run and wait for pages on both sides, share
-  pages on both, are thrown out and read again; all pages are given back."""
+  pages on both, are thrown out and read again; all pages are given back. The writer has one device
+  or three."""
+  kinds = iter([Batches, Three if ranks == 3 else Batches])
+  monkeypatch.setattr(engine_lib, "Batches", lambda *args: next(kinds)(*args))
   made = sides(generator, elsewhere, {"share": share}, {"share": share})
   asked, rng = [], np.random.default_rng(2)
-  for request in random_requests(24, seed=int(share)):
+  long = [Request((i,) * 24, 26) for i in range(2)]  # the writer has room for one of them
+  for request in (*long, *random_requests(22, seed=int(share))):
     asked.append((request, *ask(made, request)))
     for _ in range(rng.integers(0, 6)):
       (made.reader if rng.random() < 0.5 else made.writer).step()
   finish(made, rng)
   check(asked, generator)
-  assert made.totals["preempted"] > 0
+  assert made.totals["preempted"] > 0 or ranks == 3
+  assert made.writer.batches.ranks == ranks
   assert (made.reader.totals["shared"] > 0) == (made.writer.totals["shared"] > 0) == share
   assert made.totals["shared"] == made.reader.totals["shared"]
   assert made.totals["stop"] + made.totals["length"] == 24
@@ -116,6 +126,41 @@ def test_what_is_handed_over(made):
   ask(made, Request((*prompt[:16], 3), 1))  # ends with its first token
   finish(made)
   assert made.totals["handed"] == 6 * page
+
+
+def test_pages_of_several_devices():
+  """Oracle: numpy. Pages go from one device's part of a pool that is cut over four into another
+  pool, and back into another device's part, and nothing else changes."""
+  mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  cut = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  rng = np.random.default_rng(0)
+  large, small_ = ([rng.normal(size=(pages, 4, 3)).astype(np.float32) for _ in range(2)]
+                   for pages in (40, 9))
+  pools = tuple(jax.device_put(x, cut) for x in large)
+  single = tuple(jax.device_put(x, jax.devices()[5]) for x in small_)
+  there, here = [3, 9, 0, 1, 5], [6, 5, 4, 3, 8]
+  single = handover.store(single, 0, 1, here, handover.fetch(pools, 2, 4, there))
+  for x, was, found in zip(large, small_, single):
+    was[here] = x[20 + np.array(there)]
+    np.testing.assert_array_equal(found, was)
+  pools = handover.store(pools, 1, 4, there, handover.fetch(single, 0, 1, here))
+  for x, new, found in zip(large, small_, pools):
+    x[10 + np.array(there)] = new[here]
+    np.testing.assert_array_equal(found, x)
+    assert found.sharding == cut
+
+
+def test_the_writer_is_full(made):
+  """Law: whoever waits for the writer keeps the reader's pages, and with these used up nothing is
+  read; nothing is lost by it."""
+  asked = [ask(made, Request((i,) * 16, 4))[0] for i in range(8)]
+  for _ in range(50):
+    made.reader.step()
+  counts = made.reader.counts()
+  assert counts["waiting"] == 4 and counts["pages"] == 16 == 4 * 4 and not counts["prompt"]
+  assert made.writer.counts()["waiting"] == 4
+  finish(made)
+  assert all(job.finish == "length" for job in asked)
 
 
 def test_released_model_bytes():
@@ -177,16 +222,16 @@ def test_a_failing_side(made, monkeypatch, phase, side, at):
   assert other.finish == "length" and len(written(told)) == 20
 
 
-def test_thrown_out_on_the_way(made, generator):
+def test_thrown_out_on_the_way(made):
   """Law: a request whose pages are under way goes back to the reader when an older one that writes
   wants its place; what arrives then is nobody's, and it is answered all the same."""
-  old, _ = ask(made, Request((1,) * 24, 36))  # 7 pages, in the end 15
+  old, _ = ask(made, Request((1,) * 24, 36))  # 7 pages of 16, in the end 15
   for _ in range(2):
     for _ in range(4):
       made.reader.step()
     made.writer.step()
   assert made.writer.counts()["writing"] == 1
-  young, events = ask(made, Request((2,) * 36, 4))
+  young, events = ask(made, Request((2,) * 24, 4))
   for _ in range(5):
     made.reader.step()
   made.writer.step()
@@ -195,8 +240,9 @@ def test_thrown_out_on_the_way(made, generator):
     made.writer.step()
   assert made.writer.counts()["prompt"] == 0 and young.offer is None
   finish(made)
-  alone, = generator([[2] * 36], 4)
-  assert old.finish == young.finish == "length" and written(events) == alone.tokens
+  again, _ = ask(made, young.request)
+  finish(made)
+  assert old.finish == young.finish == "length" and written(events) == again.tokens
 
 
 def test_a_server_over_it(made, generator):

@@ -8,7 +8,6 @@ import pytest
 from dsv3_jax.config import ConfigError
 from dsv3_jax.infer import decode
 from dsv3_jax.infer import engine as engine_lib
-from dsv3_jax.infer.batches import Batches
 from dsv3_jax.infer.engine import Closed, Engine, Full
 from dsv3_jax.infer.request import Request
 from dsv3_jax.infer.sampler import Sampling
@@ -16,6 +15,7 @@ from tests import quick
 from tests.infer.requests import (
     CFG,
     SETTINGS,
+    Three,
     V,
     ask,
     check,
@@ -60,44 +60,6 @@ def test_each_equals_its_solo_run(generator, share):
   check(asked, generator)
   assert made.totals["stop"] + made.totals["length"] == 24
   assert made.counts() == {"waiting": 0, "prompt": 0, "writing": 0, "pages": 0}
-
-
-class Three:
-  """Batches of three devices: three of one, as `Batches` puts their rows together."""
-
-  ranks = 3
-
-  def __init__(self, *args):
-    self._each = [Batches(*args) for _ in range(3)]
-
-  def reset(self):
-    for one in self._each:
-      one.reset()
-
-  def read(self, jobs, parts):
-    new = [one.read([job], [part]) if job else None
-           for one, job, part in zip(self._each, jobs, parts, strict=True)]
-    return self._joined(new, 1)
-
-  def write(self, jobs, run):
-    new = [one.write([some], run)[0] if some else None
-           for one, some in zip(self._each, jobs, strict=True)]
-    rows = max(map(len, jobs))
-    return self._joined(new, rows), rows
-
-  def _joined(self, new, rows):
-    """All rows of all devices, padded; rows and their alternatives are as many as needed."""
-    given = [x for x in new if x is not None]
-    shapes = [np.max([x[i].shape for x in given], axis=0) for i in range(5)]
-    joined = []
-    for i, (N, _, *rest) in enumerate(shapes):
-      found = np.zeros((N, 3 * rows, *rest), np.asarray(given[0][i]).dtype)
-      for r, x in enumerate(new):
-        if x is not None:
-          one = np.asarray(x[i])[:, :rows]
-          found[:, r * rows:r * rows + one.shape[1]][tuple(map(slice, one.shape))] = one
-      joined.append(found)
-    return decode.New(*joined)
 
 
 @pytest.fixture
