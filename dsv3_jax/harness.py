@@ -29,7 +29,7 @@ class DSV3(TemplateLM):
 
   Args:
     source: the folder.
-    step, ema, dtype: see `trained.load`.
+    step, ema, dtype, weights: see `trained.load`.
     max_length: tokens of context and continuation; longer contexts lose their beginning. 0: what
       the model was trained to see.
     max_gen_toks: new tokens where a task does not say.
@@ -41,9 +41,10 @@ class DSV3(TemplateLM):
 
   def __init__(self, source: str, step: int | None = None, ema: bool = False,
                dtype: str = "float32", max_length: int = 0, max_gen_toks: int = 256,
-               batch_size: int | str = 8, **unused: Any):
+               batch_size: int | str = 8, weights: str = "auto", **unused: Any):
     super().__init__()
-    self._generator, self._tokenizer, context = trained.load(source, step, ema, dtype)
+    self._generator, self._tokenizer, context = trained.load(
+        source, step, ema, dtype, weights=weights, say=trained.to_stderr)
     self.max_length, self.max_gen_toks = int(max_length) or context, int(max_gen_toks)
     self._rows = 8 if batch_size in ("auto", None) else int(batch_size)
 

@@ -196,6 +196,11 @@ def _kernel(op: str, impl: str, call: Callable):
   return _dispatch(op, impl, {"pallas": call}, auto=("pallas",))
 
 
+def fp8_dequantize(x: Scaled, after: jax.Array | None = None) -> jax.Array:
+  """fp32 values of a quantized operand; with `after` no sooner than that array is there."""
+  return scaled.dequantize(x, after)
+
+
 def fp8_gemm(a_MK: Scaled, b_KN: Scaled, *, turned_NK: Scaled | None = None, dtype=jnp.float32,
              interval: int = 128, impl: str = "auto") -> jax.Array:
   """`a @ b` of quantized operands, added in fp32: Fprop and Dgrad. [M, N] in `dtype`.
@@ -237,7 +242,8 @@ def fp8_grouped_gemm(x_MK: Scaled, w_GKN: Scaled, group_m: jax.Array, used: jax.
   return _dispatch("fp8_grouped_gemm", impl, {
       "pallas": lambda: mosaic.grouped_gemm(x_MK, w_GKN, turned_GNK, group_m, used, dtype, interval,
                                             impl),
-      **{name: dequantized(name) for name in ("xla", "ragged_dot", "reference")},
+      "xla": lambda: xla_grouped_gemm.quantized(x_MK, w_GKN, group_m, used).astype(dtype),
+      **{name: dequantized(name) for name in ("ragged_dot", "reference")},
   }, auto=("pallas", "xla"))
 
 

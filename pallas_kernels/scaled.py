@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Scaled(NamedTuple):
@@ -20,9 +21,20 @@ class Scaled(NamedTuple):
   tile: tuple[int, int] = (0, 0)
 
 
-def dequantize(x: Scaled) -> jax.Array:
-  """fp32 [..., m, n]."""
-  values = x.codes.astype(jnp.float32)
+def dequantize(x: Scaled, after: jax.Array | None = None) -> jax.Array:
+  """fp32 [..., m, n].
+
+  With `after`, any array, XLA takes the codes (of a byte) to depend on it. Otherwise it dequantizes
+  the weights of all layers at once: before a loop over steps, which finds them the same each time,
+  or at the begin of a step, where there is nothing to wait for. (`lax.optimization_barrier` does
+  not help on a CPU: it is gone when operations are put in order.)
+  """
+  codes = x.codes
+  if after is not None:
+    some = lax.bitcast_convert_type(after[(0,) * after.ndim].astype(jnp.float32), jnp.int32)
+    zero = ((some & 0x7FFFFFFF) >> 31).astype(jnp.uint8)
+    codes = lax.bitcast_convert_type(lax.bitcast_convert_type(codes, jnp.uint8) + zero, codes.dtype)
+  values = codes.astype(jnp.float32)
   if x.scales is None:
     return values
   *lead, m, n = values.shape

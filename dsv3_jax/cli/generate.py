@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
   first = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
                    args.seed)
   settings = [dataclasses.replace(first, seed=args.seed + i) for i in range(args.n)]
-  generator, tokenizer, _ = trained.load(args.source, args.step, args.ema, args.dtype, args.cache)
+  generator, tokenizer, _ = trained.load(args.source, args.step, args.ema, args.dtype, args.cache,
+                                         args.weights, trained.to_stderr)
   return _write(generator, tokenizer, prompts, suffix, settings, args)
 
 

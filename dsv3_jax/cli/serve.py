@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     load_LE = recorded_load.read(args.load).sum(0)
   record = devices.Recorder(args.record) if args.record else None
   generator, tokenizer, context = trained.load(args.source, args.step, args.ema, args.dtype,
-                                               args.cache)
+                                               args.cache, args.weights, trained.to_stderr)
   if not args.longest:
     settings = dataclasses.replace(settings, longest=min(context, settings.limit))
   how = dict(weights=generator.weights, runtime=generator.runtime)

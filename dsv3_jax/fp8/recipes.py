@@ -49,6 +49,18 @@ RECIPES: dict[str, config.FP8] = {
 }
 
 
+def for_inference(pow2: bool = False) -> dict[str, object]:
+  """What the released inference code quantizes, as fields of `config.Runtime`.
+
+  All activations alike: a token at a time in 1x128 tiles, with fp32 scales, or with powers of two
+  where the weights' scales are such (`pow2`).
+  """
+  if pow2:
+    return {"recipe": "v3_pow2"}
+  operand = _V3.fprop_x
+  return {"recipe": "v3", "fp8": config.FP8(output_x=operand, dispatch_x=operand)}
+
+
 def merged(runtime: config.Runtime) -> config.FP8:
   """The run's recipe as its operands' texts, overrides applied; all "compute" without one."""
   named = _uniform("compute") if runtime.recipe == "none" else RECIPES[runtime.recipe]

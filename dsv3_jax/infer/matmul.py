@@ -35,6 +35,7 @@ from dsv3_jax.model import layers, moe, rope
 from dsv3_jax.parallel import dispatch
 
 Matrix = jax.Array | Weight
+Scaled = ops.Scaled
 
 
 def linear(x: jax.Array, w: Matrix, runtime: config.Runtime, inner: int = 1) -> jax.Array:
@@ -154,19 +155,19 @@ def values(o_BTHC: jax.Array, w: Attention, nope: int) -> jax.Array:
 def _part(w: Weight, columns: slice, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
   """Some columns of each head of the up-projection in the dtype of `x`, [H, columns, C].
 
-  With fp32 factors [H, C] that are still to be multiplied, or None. Whether `x` changes from step
-  to step is what keeps the conversion inside the step.
+  With fp32 factors [H, C] that are still to be multiplied, or None.
   """
-  (H, W), held = w.outputs, w.dgrad
+  (H, W), held = w.outputs, _typed(w.dgrad)
   rows, width = held.tile
   first = np.arange(H) * W + columns.start
   block = first // (rows or H * W)
-  codes, scales, _ = jax.lax.optimization_barrier((held.codes, held.scale_values(), x))
-  held = QTensor(codes, scales, held.format, held.tile, held.last)
   if (block == (first + columns.stop - columns.start - 1) // (rows or H * W)).all():
-    scale_HC = jnp.repeat(scales[block], width or held.last, axis=1)[:, :held.last]
-    return codes.astype(x.dtype).reshape(H, W, -1)[:, columns], scale_HC
-  return held.dequantize(x.dtype).reshape(H, W, -1)[:, columns], None
+    codes, scales = Scaled(held.codes), held.scale_values()[block]
+    scale_HC = jnp.repeat(scales, width or held.last, axis=1)[:, :held.last]
+  else:
+    codes, scale_HC = fp8_linear.scaled(held), None
+  values = ops.fp8_dequantize(codes, after=x).astype(x.dtype)
+  return values.reshape(H, W, -1)[:, columns], scale_HC
 
 
 # --- operands -----------------------------------------------------------------------------------
@@ -176,6 +177,14 @@ def _recipe(runtime: config.Runtime) -> Recipe:
   return recipe_lib.resolve(runtime, held=True)
 
 
+def _typed(held: QTensor) -> QTensor:
+  """Codes as floats, whether they are held so or as bytes."""
+  return held.typed() if held.codes.dtype == jnp.uint8 else held
+
+
 def _forms(w: Weight) -> tuple[QTensor, QTensor | None]:
   """[..., K, N] of a weight, and its transpose if that is what is held."""
-  return (w.fprop, None) if w.dgrad is None else (w.dgrad.mT, w.dgrad)
+  if w.dgrad is None:
+    return _typed(w.fprop), None
+  turned = _typed(w.dgrad)
+  return turned.mT, turned

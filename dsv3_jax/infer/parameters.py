@@ -8,8 +8,9 @@ up-projection of the latent is in the two parts that absorption multiplies by.
 FP8 weights stay FP8: a byte each, and a scale a block of 128x128 (`infer/matmul.py` multiplies by
 them). A column cannot leave its block, so rotary columns lie as they were, the up-projection of the
 latent is whole, and where gate's last block is cut short it is filled with zeros before up begins.
-Each is held once, in the form that this device's kernels read: Hopper's want the summed axis
-contiguous, [outputs, inputs].
+Each is held once, in the form in which it is multiplied: Hopper's kernels want the summed axis
+contiguous, [outputs, inputs]; what XLA is to dequantize is kept as bytes, because it makes copies
+of a float8 array to read its bytes.
 """
 
 import dataclasses
@@ -129,7 +130,11 @@ def prepare(params: Any, buffers: Any, cfg: config.Model, dtype: str = "float32"
 
   def finish(path: Any, x: Matrix) -> Matrix:
     if isinstance(x, Weight):
-      return _turned(x) if turned or path[-1].name == "w_ukv_CHW" else x
+      up = path[-1].name == "w_ukv_CHW"
+      form = "dgrad" if turned or up else "fprop"
+      held = x.fprop.mT if turned or up else x.fprop
+      bare = dataclasses.replace(x, fprop=None, dgrad=None)
+      return dataclasses.replace(bare, **{form: held if turned and not up else held.raw()})
     return x if path[-1].name == "bias_E" else x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(finish, found, is_leaf=_is_weight)
@@ -161,11 +166,6 @@ def _is_weight(x: Any) -> bool:
   return isinstance(x, Weight)
 
 
-def _turned(w: Weight) -> Weight:
-  """The same in the other form, [outputs, inputs]."""
-  return dataclasses.replace(w, fprop=None, dgrad=w.fprop.mT)
-
-
 def _pure(tree: Any) -> Any:
   return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
@@ -174,7 +174,7 @@ def _layer(p: dict[str, Any], b: dict[str, Any], cfg: config.Model) -> Layer:
   ffn = p["ffn"]
   if "w_router_DE" in ffn:
     made = Experts(ffn["w_router_DE"], b["ffn"]["bias_E"],
-                   _beside(ffn["w_gate_EDF"], ffn["w_up_EDF"]), ffn["w_down_EFD"],
+                   beside(ffn["w_gate_EDF"], ffn["w_up_EDF"]), ffn["w_down_EFD"],
                    _ffn(ffn["shared"]) if ffn.get("shared") else None)
   else:
     made = _ffn(ffn)
@@ -198,10 +198,10 @@ def _halves(w: jax.Array, keep: int) -> jax.Array:
 
 
 def _ffn(p: dict[str, Any]) -> FFN:
-  return FFN(_beside(p["w_gate_DF"], p["w_up_DF"]), p["w_down_FD"])
+  return FFN(beside(p["w_gate_DF"], p["w_up_DF"]), p["w_down_FD"])
 
 
-def _beside(gate: Matrix, up: Matrix) -> Matrix:
+def beside(gate: Matrix, up: Matrix) -> Matrix:
   """The columns of both; in FP8 with as many zeros between them as gate's last block lacks."""
   if not isinstance(gate, Weight):
     return jnp.concatenate([gate, up], -1)

@@ -9,7 +9,7 @@ arrays allocated once a parameter: the host holds the model and one tensor. Savi
 `hf_config` maps the configuration, `names` the tensors, `fp8_blocks` the quantized ones.
 """
 
-from dsv3_jax.interop.loading import load
+from dsv3_jax.interop.loading import NotKept, load
 from dsv3_jax.interop.saving import SHARD_BYTES, save
 
-__all__ = ["SHARD_BYTES", "load", "save"]
+__all__ = ["SHARD_BYTES", "NotKept", "load", "save"]

@@ -21,6 +21,14 @@ from dsv3_jax.model.transformer import Transformer
 _FLOAT8 = safetensors_files.DTYPES["F8_E4M3"]
 
 
+class NotKept(ValueError):
+  """FP8 weights that cannot be held as they are; `why` says what stands against it."""
+
+  def __init__(self, why: str):
+    super().__init__(f"{why}; load the folder with quantized=\"dequantize\"")
+    self.why = why
+
+
 def _listing(items: Iterable[str], most: int = 8) -> str:
   items = list(items)
   more = f" and {len(items) - most} more" if len(items) > most else ""
@@ -99,7 +107,7 @@ def _check_kept(values: dict[str, Any], slots: list[names.Slot], stored: dict[st
   if values.get("rope_interleave") is False:
     why = "rope_interleave=false stores the rotated columns in an order that has other blocks here"
   if why:
-    raise ValueError(f"{why}; load the folder with quantized=\"dequantize\"")
+    raise NotKept(why)
 
 
 def _read(name: str, stored: dict[str, Stored], block: fp8_blocks.Block | None) -> np.ndarray:
@@ -139,6 +147,7 @@ def load(path: PathLike, dtype: str | None = None, *, quantized: str = "dequanti
 
   Raises:
     ConfigError: a config key is missing, malformed or not supported; the message names it.
+    NotKept: a ValueError; FP8 weights are in another layout than the released one, and to be kept.
     ValueError: a file is missing, truncated or damaged, or a tensor is unknown, missing or has
       another shape than the config implies; the message names file and tensor.
   """
@@ -201,6 +210,6 @@ def load(path: PathLike, dtype: str | None = None, *, quantized: str = "dequanti
     pow2 = fp8_blocks.pow2_scales(values)
     on_device |= {key: kept.pop(key).build(pow2=pow2) for key in list(kept)}
   except ValueError as error:
-    raise ValueError(f"{file}: quantization_config: {error}") from error
+    raise NotKept(f"{file}: quantization_config: {error}") from error
   nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(on_device))
   return nnx.merge(graphdef, state)

@@ -13,7 +13,8 @@ from pallas_kernels.scaled import Scaled, dequantize
 
 def gemm(a_MK: Scaled, b_KN: Scaled) -> jax.Array:
   """`a @ b`, fp32."""
-  return jnp.dot(dequantize(a_MK), dequantize(b_KN), precision=lax.Precision.HIGHEST)
+  b = dequantize(b_KN, None if b_KN.scales is None else a_MK.codes)
+  return jnp.dot(dequantize(a_MK), b, precision=lax.Precision.HIGHEST)
 
 
 def wgrad(x_MK: Scaled, dy_MN: Scaled) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import vma
+from pallas_kernels.scaled import Scaled, dequantize
 
 _LONG = 512  # mean rows of a group from which its blocks are merged, and rows of a merged product
 
@@ -72,19 +73,31 @@ def _loop(x_MK: jax.Array, groups: int, group_m: jax.Array, used: jax.Array, bod
   return start
 
 
-def _forward(x_MK, w_GKN, group_m, used, transpose: bool):
+def _forward(x_MK, w_GKN: jax.Array | Scaled, group_m, used, transpose: bool):
   block = x_MK.shape[0] // group_m.shape[0]
-  width = w_GKN.shape[1] if transpose else w_GKN.shape[2]
+  held = w_GKN.codes if isinstance(w_GKN, Scaled) else w_GKN
+  groups, width = held.shape[0], held.shape[1 if transpose else 2]
   contract = ((1,), (1,)) if transpose else ((1,), (0,))
 
+  def take(x, i):
+    return lax.dynamic_index_in_dim(x, group_m[i], keepdims=False)
+
+  def matrix(i):
+    if not isinstance(w_GKN, Scaled):
+      return take(w_GKN, i)
+    # As bytes: XLA would convert floats before the loop, those of all groups.
+    codes = take(lax.bitcast_convert_type(held, jnp.uint8), i)
+    return dequantize(Scaled(lax.bitcast_convert_type(codes, held.dtype), take(w_GKN.scales, i),
+                             w_GKN.tile))
+
   def body(i, count, y_MN):
-    w_KN = lax.dynamic_index_in_dim(w_GKN, group_m[i], keepdims=False)
+    w_KN = matrix(i)
     y = lax.dot_general(_rows(x_MK, i, block, count), w_KN, (contract, ((), ())),
                         preferred_element_type=jnp.float32)
     return lax.dynamic_update_slice_in_dim(y_MN, y.astype(y_MN.dtype), i * block, 0)
 
-  start = _start((x_MK.shape[0], width), x_MK.dtype, x_MK, w_GKN, group_m)
-  return _loop(x_MK, w_GKN.shape[0], group_m, used, body, start)
+  start = _start((x_MK.shape[0], width), x_MK.dtype, x_MK, held, group_m)
+  return _loop(x_MK, groups, group_m, used, body, start)
 
 
 def _weight_gradient(x_MK, dy_MN, group_m, used, groups: int):
@@ -133,3 +146,15 @@ def _bwd(residuals, dy_MN):
 
 
 grouped_gemm.defvjp(_fwd, _bwd)
+
+
+def quantized(x_MK: Scaled, w_GKN: Scaled, group_m: jax.Array, used: jax.Array) -> jax.Array:
+  """`grouped_gemm` of quantized operands, fp32; not differentiable.
+
+  Where groups have a block or two, matrices are dequantized as their blocks are met: those of
+  groups without rows never, and one at a time. Where they have many, all are beforehand, once.
+  """
+  x, codes = dequantize(x_MK), w_GKN.scales is not None
+  if codes and group_m.shape[0] <= 2 * w_GKN.codes.shape[0]:
+    return _forward(x, w_GKN, group_m, used, transpose=False)
+  return grouped_gemm(x, dequantize(w_GKN, x if codes else None), group_m, used)
