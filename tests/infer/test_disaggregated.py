@@ -107,13 +107,14 @@ def test_what_is_handed_over(made):
   prompt = tuple(int(t) for t in np.random.default_rng(0).integers(0, V, 17))
   page = handover.bytes_handed(CFG, 1, 4, "float32")
   assert page == 4 * cache_lib.bytes_per_token(CFG, "float32") == 4 * 2 * 4 * CFG.attention.cached
-  job, _ = ask(made, Request(prompt, 9))
-  while not made.reader._ranks[0].offers:
+  job, _ = ask(made, Request(prompt, 2))
+  while job.offer is None:
     made.reader.step()
-  offer, = made.reader._ranks[0].offers
+  offer = job.offer
   there = made.reader.batches.fetch(0, offer.pages)
-  for side in (made.writer, made.reader, made.writer):
-    side.step()
+  made.writer.step()
+  made.reader.step()
+  made.writer._hear()
   here = made.writer.batches.fetch(0, job.pages[:len(offer.pages)])
   entries = lambda blocks: np.concatenate(blocks, 1).reshape(CFG.layers, -1, CFG.attention.cached)
   np.testing.assert_array_equal(entries(there)[:, :17], entries(here)[:, :17])
@@ -222,9 +223,11 @@ def test_a_failing_side(made, monkeypatch, phase, side, at):
   assert other.finish == "length" and len(written(told)) == 20
 
 
-def test_thrown_out_on_the_way(made):
-  """Law: a request whose pages are under way goes back to the reader when an older one that writes
-  wants its place; what arrives then is nobody's, and it is answered all the same."""
+@pytest.mark.parametrize("slow", ["asking", "blocks"])
+def test_thrown_out_on_the_way(made, monkeypatch, slow):
+  """Law: a request goes back to the reader when an older one that writes wants its place, whether
+  its pages are still the reader's or under way; what arrives then is nobody's, and it is answered
+  all the same."""
   old, _ = ask(made, Request((1,) * 24, 36))  # 7 pages of 16, in the end 15
   for _ in range(2):
     for _ in range(4):
@@ -236,9 +239,19 @@ def test_thrown_out_on_the_way(made):
     made.reader.step()
   made.writer.step()
   assert made.writer.counts()["prompt"] == 1
-  while not young.preempted:  # the reader is slow
+
+  def meanwhile():
+    """Lets the reader send pages in the writer's step that takes their place away."""
+    if not made.writer._ranks[0].pages.free and old.written == 4 * len(old.pages):
+      made.reader.step()
+    return False
+
+  if slow == "blocks":
+    monkeypatch.setattr(made.writer, "_read", meanwhile)
+  while not young.preempted:
     made.writer.step()
   assert made.writer.counts()["prompt"] == 0 and young.offer is None
+  assert len(made.writer._told) == (slow == "blocks")
   finish(made)
   again, _ = ask(made, young.request)
   finish(made)
