@@ -517,6 +517,7 @@ class Train:
 
   tokens: float = 2e6  # training tokens of the whole run
   seed: int = 0
+  init: str = ""  # workdir of a run whose newest parameters a new one begins with, and tokenizer
   log_every: int = 1
   eval_every: int = 200
   eval_batches: int = 8

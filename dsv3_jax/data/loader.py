@@ -239,6 +239,13 @@ class TrainIterator:
       batch["segments"] = np.stack([m[1] for m in micro])
     return batch
 
+  def follow(self, state: Any) -> None:
+    """Hears of the training state before each batch is asked for. Text does not depend on it."""
+
+  def said(self) -> dict[str, Any]:
+    """Numbers about the last batch for the step's line of metrics."""
+    return {}
+
   def get_state(self) -> dict[str, Any]:
     """Where the next batch begins; JSON-able. See `merge_states` for several processes."""
     lanes = {} if self._positions is None else {

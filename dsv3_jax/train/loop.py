@@ -40,6 +40,7 @@ from dsv3_jax.fp8 import delayed
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.parallel import hosts, sharding
 from dsv3_jax.parallel import mesh as mesh_lib
+from dsv3_jax.train import begin as begin_lib
 from dsv3_jax.train import evaluate as evaluate_lib
 from dsv3_jax.train import launch as launch_lib
 from dsv3_jax.train import metrics as metrics_lib
@@ -107,7 +108,7 @@ class _Trainer:
   """What the loop holds while it runs; its methods are the loop's parts."""
 
   def __init__(self, cfg: config_lib.Config, workdir: Workdir, corpus: Any,
-               ui: metrics_lib.Silent, group: processes.Alone):
+               ui: metrics_lib.Silent, group: processes.Alone, loss_fn: Callable):
     self.cfg, self.workdir, self.corpus, self.ui, self.group = cfg, workdir, corpus, ui, group
     train = cfg.train
     self.began = time.monotonic()
@@ -126,7 +127,8 @@ class _Trainer:
     optimizer = optim.make_optimizer(cfg.optim)
     self.graphdef, abstract, init = state_lib.initializer(
         lambda: state_lib.build_model(cfg.model, train.seed), optimizer, self.mesh, cfg.runtime)
-    self.train_step = step_lib.make_train_step(self.graphdef, cfg, optimizer, self.mesh)
+    self.train_step = step_lib.make_train_step(self.graphdef, cfg, optimizer, self.mesh,
+                                               loss_fn)
     self.sums = evaluate_lib.make_evaluate(self.graphdef, cfg, self.mesh)
     # Rows of a micro-batch that this process's devices hold; ranks of a pipeline hold the same.
     self.held = hosts.rows(self._batch_sharding, (1, self.rows, 1), 1)
@@ -138,6 +140,9 @@ class _Trainer:
     ema, ema_updates = None, 0
     if restored is None:
       self.state = init()
+      if train.init:
+        self.state = begin_lib.begin(self.state, cfg)
+        ui.note(f"begins with the parameters of {train.init}")
     else:
       self.state, ema, meta = restored
       self.step, self.elapsed_before = meta["step"], meta["elapsed_s"]
@@ -218,7 +223,9 @@ class _Trainer:
     padded = self.micros > 1 and self.cfg.runtime.schedule == "none"
     micros = np.int32(size // self.rows) if padded else None
     hyper = state_lib.Hyper(*map(np.float32, scheduled.values()), micros)
+    self.batches.follow(self.state)
     batch = next(self.batches)
+    said = self.batches.said()
     if padded:
       batch = step_lib.pad_micro_batches(batch, self.micros)
     # To the devices explicitly: implicit transfers are forbidden in the loop.
@@ -232,7 +239,7 @@ class _Trainer:
       self.ema.submit(number, self.state.params, metrics["bad"])
     host = {"step": number, "tokens": self.schedule.tokens_before(number), **scheduled,
             "batch_size": size}
-    return {"host": host, "metrics": metrics}
+    return {"host": host, "metrics": metrics, "said": said}
 
   def log(self, pending: dict[str, Any], seconds: float) -> None:
     """Waits for a dispatched step and writes its line; stops a run that diverged."""
@@ -256,6 +263,7 @@ class _Trainer:
         "lr": host["lr"], "bias_speed": host["bias_speed"], "mtp_weight": host["mtp_weight"],
         "grad_norm": found["grad_norm"], "max_vio": max(max_vio_L.tolist(), default=None),
         "max_vio_L": max_vio_L, "batch_size": host["batch_size"], "skipped": found["skipped"],
+        **pending["said"], **found["more"],
         **({"dropped": found["dropped"]} if self.cfg.runtime.dispatch.overflow == "drop" else {}),
         "time": {"tokens_per_s": rate, "step_s": seconds,
                  "mfu": rate * self.flops_per_token / self.peak, "elapsed_s": self.elapsed()}})
@@ -498,7 +506,8 @@ def _preparing(ui: metrics_lib.Silent) -> Callable[[str, int, int], None]:
 
 
 def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | None = None,
-        corpus: Any = None, launch: launch_lib.Launch | None = None) -> RunResult:
+        corpus: Any = None, launch: launch_lib.Launch | None = None,
+        loss_fn: Callable = loss_lib.loss_fn) -> RunResult:
   """Trains until `config.train.tokens`, going on from what the workdir holds.
 
   Args:
@@ -509,6 +518,8 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
     corpus: prepared data (see `data.pipeline.Corpus`) in place of `config.data`'s sources.
     launch: of `launch.find`, where the other processes are; this one is alone where None, unless
       jax.distributed is initialized already.
+    loss_fn: of the training step, as `loss.loss_fn`; its metrics may have "more", a dictionary of
+      additive fp32 scalars for the step's line. Validation is of `loss.loss_fn` always.
 
   Returns:
     How it ended, the same in all processes. An interrupted run (SIGINT, SIGTERM) has saved a
@@ -527,7 +538,7 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
   with launch_lib.join(launch) as group:
     ui = ui or (metrics_lib.terminal() if group.first else metrics_lib.Silent())
     try:
-      return _run(config, workdir, ui, corpus, group)
+      return _run(begin_lib.with_tokenizer(config), workdir, ui, corpus, group, loss_fn)
     finally:
       ui.close()
 
@@ -548,7 +559,7 @@ def _check_devices(config: config_lib.Config) -> None:
 
 
 def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus: Any,
-         group: processes.Alone) -> RunResult:
+         group: processes.Alone, loss_fn: Callable) -> RunResult:
   trainer = None
   try:
     with Workdir(workdir, config, group) as folder, warnings.catch_warnings():
@@ -558,7 +569,7 @@ def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus
       if corpus is None:
         corpus = _prepared(config, folder.path, ui, group)
         ui.note(corpus.describe())
-      trainer = _Trainer(config, folder, corpus, ui, group)
+      trainer = _Trainer(config, folder, corpus, ui, group, loss_fn)
       ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
               f"{trainer.schedule.total_steps:,} steps of {config.data.batch_size} x "
               f"{config.data.sequence_length} tokens, {_device()}")

@@ -164,8 +164,8 @@ def make_train_step(
 
   Metrics, fp32 scalars unless said otherwise: loss (main cross-entropy, nats a target token),
   mtp_loss [depth], those of `loss.BALANCES`, accuracy, grad_norm (before clipping), max_vio_L,
-  counts_LE, dropped (token-expert pairs without room), bad (bool: this step was skipped), bad_steps
-  (int32, in a row), skipped (int32, in the run).
+  counts_LE, dropped (token-expert pairs without room), more (a loss function's own), bad (bool:
+  this step was skipped), bad_steps (int32, in a row), skipped (int32, in the run).
   """
 
   def train_step(state: TrainState, batch: Batch, hyper: Hyper):
@@ -201,6 +201,7 @@ def make_train_step(
         "max_vio_L": routing.max_vio(aux["counts_LE"]),
         "counts_LE": aux["counts_LE"],
         "dropped": aux["dropped"],
+        "more": aux.get("more", {}),
         "bad": bad,
         "bad_steps": new.bad_steps,
         "skipped": new.skipped,

@@ -54,6 +54,12 @@ class FakeIterator:
   def start(self):
     pass
 
+  def follow(self, state):
+    del state
+
+  def said(self):
+    return {}
+
   def get_state(self):
     return {"version": 1, "corpus": "fake", "rows": self._rows, "step": self._step,
             "lanes": {str(row): [self._step] for row in self._wanted}}
