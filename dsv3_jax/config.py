@@ -539,6 +539,58 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class SFT:
+  """Supervised fine-tuning (report 5.1): conversations of `data.sources`, packed, answers alone."""
+
+  epochs: float = 2.0  # train.tokens follows from it
+  problems: tuple[str, ...] = ()  # generated ones besides: FAMILY:LEVEL:COUNT
+  style: str = "short"  # worked solutions of generated problems: short, long, or both
+
+  def __post_init__(self):
+    s = "sft"
+    _positive(s, self, "epochs")
+    _one_of(s, self, "style", ("short", "long", "both"))
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPO:
+  """Group relative policy optimization (report 5.3, eq. 26-28), whose settings it does not tell.
+
+  Defaults are DeepSeekMath's clip and KL, and what fits a tiny model.
+  """
+
+  problems: tuple[str, ...] = ()  # generated ones: FAMILY:LEVEL:COUNT
+  files: tuple[str, ...] = ()  # JSONL of problems
+  prompts: int = 8  # problems of a rollout
+  group: int = 8  # G, outputs of each
+  new_tokens: int = 64  # most tokens of an output
+  temperature: float = 1.0
+  micro_steps: int = 1  # optimizer steps on a rollout's outputs: above 1 the last are off-policy
+  clip_low: float = 0.2
+  clip_high: float = 0.2  # above clip_low: room for unlikely tokens (arXiv 2503.14476)
+  kl: float = 0.04  # beta
+  ratio: str = "token"  # of probabilities: of each token, or of the whole output ("sequence")
+  mean: str = "sequence"  # over the tokens of each output, then outputs; or over all tokens
+  normalize: bool = True  # divide by the group's standard deviation
+  cut_off: str = "zero"  # outputs that reach new_tokens: "zero" reward, or left out ("mask")
+  reference_every: int = 0  # rollouts after which the reference becomes today's policy; 0: never
+  shuffle_rewards: bool = False  # a control: rewards of a rollout in random order
+
+  def __post_init__(self):
+    s = "grpo"
+    _positive(s, self, "prompts", "group", "new_tokens", "temperature", "micro_steps")
+    _not_negative(s, self, "clip_low", "clip_high", "kl", "reference_every")
+    _require(self.group > 1, f"{s}.group={self.group}: a group of one has no advantage; use 2 or "
+             "more")
+    _require(self.clip_low < 1, f"{s}.clip_low={self.clip_low} must be below 1")
+    _one_of(s, self, "ratio", ("token", "sequence"))
+    _one_of(s, self, "mean", ("token", "sequence"))
+    _one_of(s, self, "cut_off", ("zero", "mask"))
+    _require(self.prompts % self.micro_steps == 0, f"{s}.micro_steps={self.micro_steps} must "
+             f"divide {s}.prompts={self.prompts}: each step takes whole groups")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A whole run. Cross-section checks live here."""
 
@@ -548,8 +600,12 @@ class Config:
   loss: Loss = Loss()
   data: Data = Data()
   train: Train = Train()
+  sft: SFT = SFT()
+  grpo: GRPO = GRPO()
+  kind: str = "pretrain"  # what it does: pretrain, sft or grpo
 
   def __post_init__(self):
+    _one_of("config", self, "kind", ("pretrain", "sft", "grpo"))
     micro, mesh = self.data.micro_batch, self.runtime.mesh
     _require(micro % mesh.batch_shards == 0,
              f"{mesh.describe('data', 'node', 'gpu')} must divide the micro-batch of {micro} "
