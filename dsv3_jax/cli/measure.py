@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                     help="of weights and computation (default: float32)")
   what.add_argument("--cache", choices=("float32", "bfloat16", "fp8"),
                     help="of the latent cache in writing (default: --dtype)")
+  what.add_argument("--weights", choices=trained.WEIGHTS,
+                    help="fp8: linear layers in FP8, quantized if they are not yet; plain: in "
+                         "--dtype; auto: as the files have them, but plain where the device has no "
+                         "FP8 matmuls (default: auto)")
   write = parser.add_argument_group("--tasks: texts to be written")
   write.add_argument("--samples", type=int, metavar="N", help="of each record (default: 1)")
   write.add_argument("--temperature", type=float, metavar="T",
@@ -70,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="words of which the value is one, in place of a number")
 
 
-_OF_ALL = ("json", "rows", "dtype", "cache")
+_OF_ALL = ("json", "rows", "dtype", "cache", "weights")
 _OWN = {"text": ("stride", "window"), "needle": ("lengths", "depths", "needles", "filler",
                                                  "template", "digits", "values",
                                                  "seed"),
@@ -109,11 +113,12 @@ def run(args: argparse.Namespace, wanted: list[str]) -> int:
   is_run = trained.check(source, args.step, args.ema)
   plan = _plan(args, wanted)
   results: dict[str, Any] = {"source": source, "step": args.step, "ema": args.ema,
-                             "dtype": args.dtype or "float32"}
+                             "dtype": args.dtype or "float32", "weights": args.weights or "auto"}
   if is_run:
     from dsv3_jax.train import checkpoint
     results["step"] = checkpoint.load_meta(source, args.step)["step"]
-  model = trained.load(source, args.step, args.ema, args.dtype or "float32", args.cache or "")
+  model = trained.load(source, args.step, args.ema, args.dtype or "float32", args.cache or "",
+                       args.weights or "auto", trained.to_stderr)
   results["context"] = model.context
   samples = {}
   with _progress() as bar:
