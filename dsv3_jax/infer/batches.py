@@ -187,7 +187,7 @@ class Batches:
       B *= 2
     rows = [job for of in jobs for job in (*of, *[None] * (B - len(of)))]
     drawn = self._write(rows, B, run, all(job.plain for of in jobs for job in of))
-    self._tend()
+    self.tend()
     return drawn, B
 
   def fetch(self, rank: int, pages: Sequence[int]) -> list[jax.Array]:
@@ -198,7 +198,7 @@ class Batches:
     """Puts blocks of another cache into a device's pages."""
     self._layers = handover.store(self._layers, rank, self.ranks, pages, blocks)
 
-  def _tend(self) -> None:
+  def tend(self) -> None:
     """Looks at the experts' load if it is time, and lets the balancer go on."""
     busy, now = self.balancer is not None and self.balancer.busy, time.monotonic()
     if busy:

@@ -36,6 +36,7 @@ from typing import Any
 import jax
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.infer.balance import Balancer
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.rank import Offer
 from dsv3_jax.infer.request import Event, Job, Request, Token
@@ -87,6 +88,7 @@ class Reader(_Side):
         job.offer = rank.offer(job)
         self.writer.post(job)
         did = True
+    self.batches.tend()
     return did
 
   def hand(self, offer: Offer, start: int) -> None:
@@ -220,6 +222,11 @@ class Disaggregated:
     first, second = self.reader.totals.copy(), self.writer.totals.copy()
     del second["shared"]  # of the same prompts
     return first + second
+
+  @property
+  def balancer(self) -> Balancer | None:
+    """Of the writer's experts."""
+    return self.writer.balancer
 
   # --- the writer's thread
 

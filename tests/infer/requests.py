@@ -95,6 +95,9 @@ class Three:
     rows = max(map(len, jobs))
     return self._joined(new, rows), rows
 
+  def tend(self):
+    pass
+
   def fetch(self, rank, pages):
     return self._each[rank].fetch(0, pages)
 
