@@ -16,6 +16,7 @@ class Problem:
     reward: names of registered rewards with their weights, e.g. (("math", 1.0), ("format", 0.1)).
     system: prompt of the system, or "".
     worked: a worked solution that ends in the answer, to imitate; "" where there is none.
+    worked_long: one that also reflects and verifies; "" where there is none.
     family, level: of a generated problem: which kind and how hard, from 0 on.
     extra: for the reward, such as unit tests; plain JSON values.
   """
@@ -26,6 +27,7 @@ class Problem:
   reward: tuple[tuple[str, float], ...] = (("exact", 1.0),)
   system: str = ""
   worked: str = ""
+  worked_long: str = ""
   family: str = ""
   level: int = 0
   extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
