@@ -130,6 +130,13 @@ class Batches:
     """As they are now."""
     return self._own if self.balancer is None else self.balancer.weights
 
+  def use(self, weights: Parameters) -> None:
+    """Goes on with other weights of the same model, on one device; what is in the cache is of the
+    old ones and goes."""
+    assert self.balancer is None
+    self._own = weights
+    self.reset()
+
   def reset(self) -> None:
     """An empty cache, and no load."""
     s = self._settings

@@ -176,6 +176,12 @@ class Engine:
   def _empty(self) -> list[Rank]:
     return [Rank(number, self.settings) for number in range(self.batches.ranks)]
 
+  def use(self, weights: Parameters) -> None:
+    """Goes on with other weights of the same model, on one device; nothing may be under way."""
+    assert not self._live()
+    self.batches.use(weights)
+    self._ranks = self._empty()
+
   def _reset(self) -> None:
     self._ranks = self._empty()
     self.batches.reset()
