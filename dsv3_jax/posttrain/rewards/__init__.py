@@ -1,0 +1,1 @@
+"""Rewards: how an answer is judged (report 5.2)."""
