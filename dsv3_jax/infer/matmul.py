@@ -5,7 +5,7 @@ scale a block of 128x128. Such a weight is multiplied as the released inference 
 comes in is quantized a token at a time in tiles of 1x128 (`runtime.recipe`; under `none` it stays
 as it is), the product is an FP8 one with sums in fp32, and no copy of the weight in another dtype
 is made. Off a Hopper GPU this is emulated: a matrix is dequantized where it is used, one at a
-time.
+time (of long prompts the experts of a layer together).
 
 Absorption is no such layer. A query's part without position is multiplied by W_UK and what
 attention gives by W_UV, parts of one matrix that the release dequantizes at each use. Where a
