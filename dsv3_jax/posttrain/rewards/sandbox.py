@@ -112,9 +112,14 @@ def calls(wanted: Sequence[tuple[str, Sequence[Any], dict[str, Any]]]) -> dict[s
                                      for name, args, kwargs in wanted]}
 
 
-def tested(tests: str, entry: Sequence[str]) -> dict[str, Any]:
-  """Tests that call functions of the code; its `Run` is that of the tests, not of the code."""
-  return {"kind": "serve", "tests": tests, "entry": list(entry)}
+def tested(tests: str, entry: dict[str, str]) -> dict[str, Any]:
+  """Tests that call functions of the code; its `Run` is that of the tests, not of the code.
+
+  Args:
+    tests: Python; they pass if they exit with 0.
+    entry: names in the tests, and which function of the code each stands for.
+  """
+  return {"kind": "serve", "tests": tests, "entry": entry}
 
 
 def replies(run: Run) -> list[tuple[bool, Any]]:
@@ -192,7 +197,8 @@ class _Supervisor:
 
   def __init__(self, runs: list[dict], limits: Limits, walls: Sequence[str],
                wires: list[list[int]], probe: bool = False):
-    self._folder = tempfile.TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True)
+    self._folder = tempfile.TemporaryDirectory(prefix=f"answer-{os.getpid()}-",
+                                               ignore_cleanup_errors=True)
     os.chmod(self._folder.name, 0o711)  # the program is another user
     folders = [os.path.join(self._folder.name, str(i)) for i in range(max(1, len(runs)))]
     for folder in folders:
@@ -204,7 +210,8 @@ class _Supervisor:
     self._text = json.dumps(job).encode()
     self._process = subprocess.Popen(
         [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "-I", "-S", "-c",
-         _START.format(str(Path(__file__).parent))],
+         _START.format(str(Path(__file__).parent)),
+         self._folder.name],  # read by nobody; in a list of processes it says whose this one is
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd="/",
         pass_fds=[end for wire in wires for end in wire], start_new_session=True)
 

@@ -94,7 +94,8 @@ def _tests(run: dict) -> None:
       return call
 
     # Run as a module, whose asserts stand alone: `python -O` is not in use.
-    _module(run["code"], "tests", "tests.py", **{name: stand_in(name) for name in run["entry"]})
+    names = {name: stand_in(there) for name, there in run["entry"].items()}
+    _module(run["code"], "tests", "tests.py", **names)
 
 
 class ProgramEnded(BaseException):
