@@ -35,7 +35,7 @@ from dsv3_jax.posttrain import jsonl
 from dsv3_jax.posttrain.problems import Problem
 
 # Asks for the long style (report 5.1: the system's prompt asks for reflection and verification).
-REFLECTION = "Reflect on the result and verify it before you answer."
+REFLECTION = "Reflect and verify."
 STYLES = ("short", "long", "both")
 
 Conversation = list[dict[str, str]]

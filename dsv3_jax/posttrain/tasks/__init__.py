@@ -13,7 +13,7 @@
 
 Every problem has two worked solutions that end in the boxed answer: `worked`, the steps alone, and
 `worked_long`, which also verifies the result (for distillation of long chains of thought). Train
-and test share no problem by construction; family.py says how. Needs no jax.
+and test share no problem by construction; statements.py says how. Needs no jax.
 """
 
 from dsv3_jax.posttrain.tasks.records import read, write

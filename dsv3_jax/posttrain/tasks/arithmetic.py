@@ -17,7 +17,7 @@ A step of a subtraction has the borrowed ten in front: `1 2-5-0=7` borrows, `0 7
 product goes digit by digit of the second factor, and sums up its parts by addition.
 """
 
-from dsv3_jax.posttrain.tasks.family import Choices, Family, Solution
+from dsv3_jax.posttrain.tasks.statements import Choices, Family, Solution
 
 DIGITS = tuple(range(2, 9))  # of sums, level by level
 FACTORS = ((2, 1), (3, 1), (2, 2), (3, 2), (3, 3), (4, 3))  # digits of a product's factors

@@ -10,7 +10,7 @@ import operator
 import re
 from typing import Any
 
-from dsv3_jax.posttrain.tasks.family import Choices, Family, Solution
+from dsv3_jax.posttrain.tasks.statements import Choices, Family, Solution
 
 _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
            ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
@@ -26,7 +26,16 @@ def source(node: ast.expr) -> str:
 
 
 def parse(text: str) -> ast.expr:
-  return ast.parse(text, mode="eval").body
+  """The expression, a negative number being a value like any other."""
+  return _Negative().visit(ast.parse(text, mode="eval").body)
+
+
+class _Negative(ast.NodeTransformer):
+  def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+    self.generic_visit(node)
+    if isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+      return ast.Constant(-node.operand.value)
+    return node
 
 
 def _is_value(node: ast.AST) -> bool:
@@ -111,8 +120,6 @@ def _apply(node: ast.expr) -> ast.expr:
   match node:
     case ast.BinOp():
       return _node(_BINARY[type(node.op)](_value(node.left), _value(node.right)))
-    case ast.UnaryOp(op=ast.USub()):
-      return _node(-_value(node.operand))
     case ast.UnaryOp():
       return _node(not _value(node.operand))
     case ast.Compare():
@@ -129,8 +136,7 @@ def _apply(node: ast.expr) -> ast.expr:
     case ast.Call():
       return _node(_CALLS[node.func.id](*map(_value, node.args)))
     case ast.Subscript(slice=ast.Slice()):
-      ends = [e if e is None else ast.literal_eval(e)
-              for e in (node.slice.lower, node.slice.upper, node.slice.step)]
+      ends = [e and _value(e) for e in (node.slice.lower, node.slice.upper, node.slice.step)]
       return _node(_value(node.value)[slice(*ends)])
     case ast.Subscript():
       return _node(_value(node.value)[_value(node.slice)])

@@ -8,7 +8,7 @@ the test split is a train list shuffled.
 from collections.abc import Sequence
 from itertools import groupby
 
-from dsv3_jax.posttrain.tasks.family import Choices, Family, Solution
+from dsv3_jax.posttrain.tasks.statements import Choices, Family, Solution
 
 # Way to sort -> key of an item, in words and as a function.
 ORDERS = {"ascending": lambda n: n, "descending": lambda n: -n, "by last digit": lambda n: n % 10}

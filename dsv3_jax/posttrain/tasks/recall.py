@@ -6,7 +6,7 @@ line that tells does, so that a model which copies what followed last time answe
 
 import string
 
-from dsv3_jax.posttrain.tasks.family import Choices, Family, Solution
+from dsv3_jax.posttrain.tasks.statements import Choices, Family, Solution
 
 PAIRS = tuple(8 * 2**level for level in range(11))
 LINE = 8  # characters

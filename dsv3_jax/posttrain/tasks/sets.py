@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dsv3_jax.config import ConfigError
 from dsv3_jax.posttrain.problems import Problem
 from dsv3_jax.posttrain.tasks import arithmetic, expressions, lists, recall, symbolic
-from dsv3_jax.posttrain.tasks.family import SPLITS, Choices, Family, Random, every, split_of
+from dsv3_jax.posttrain.tasks.statements import SPLITS, Choices, Family, Random, every, split_of
 
 _MISSES = 4000  # draws in a row that gave nothing new, after which a level's problems are counted
 _WAYS = 300_000  # series of choices that are gone through to count them
@@ -44,7 +44,7 @@ def make(name: str, level: int, count: int, seed: int, split: str = "train") -> 
     level: from 0 on.
     count: how many.
     seed: which.
-    split: train or test; no problem is in both, whatever the seeds (see family.py).
+    split: train or test; no problem is in both, whatever the seeds (see statements.py).
 
   Raises:
     ConfigError: an unknown name, level or split, or more problems than there are.
@@ -153,8 +153,11 @@ def count(name: str, level: int, split: str = "train", limit: int = 10_000) -> i
   own = _checked(name, level, split)
   found: set[str] = set()
   choices: Choices = Random("count")
-  for _ in range(4 * limit):  # most levels have so many that chance finds them at once
+  misses = 0
+  while misses < _MISSES:  # most levels have so many that chance finds them at once
+    before = len(found)
     _note(own, own.draw(level, choices), split, found)
+    misses = 0 if len(found) > before else misses + 1
     if len(found) >= limit:
       return limit
   for _, statement in zip(range(_WAYS), every(lambda c: own.draw(level, c)), strict=False):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from dsv3_jax.posttrain.tasks.family import Choices, Family, Solution
+from dsv3_jax.posttrain.tasks.statements import Choices, Family, Solution
 
 Polynomial = tuple[tuple[int, int], ...]
 Product = tuple[Polynomial, ...]
@@ -198,19 +198,19 @@ def _at(slope: int, constant: int, x: Fraction) -> str:
                     if constant or not product else "")
 
 
-_FRACTIONS = ("2 terms, one denominator", "2 terms, denominators to 9",
-              "2 terms, plus or minus, denominators to 12",
-              "3 terms, plus or minus, denominators to 12",
+_FRACTIONS = ("2 terms, one denominator to 30", "2 terms, denominators to 12",
+              "2 terms, plus or minus, denominators to 15",
+              "3 terms, plus or minus, denominators to 15",
               "4 terms, plus or minus, denominators to 20")
 Fractions = tuple[tuple[int, int], ...]  # numerators with their signs, denominators
 
 
 def _draw_fractions(level: int, choices: Choices) -> Fractions | None:
   if level == 0:
-    below = choices.between(2, 20)
+    below = choices.between(2, 30)
     found: Fractions = tuple((choices.between(1, below - 1), below) for _ in range(2))
     return found
-  terms, largest = ((2, 9), (2, 12), (3, 12), (4, 20))[level - 1]
+  terms, largest = ((2, 12), (2, 15), (3, 15), (4, 20))[level - 1]
   found = ()
   for i in range(terms):
     below = choices.between(2, largest)
