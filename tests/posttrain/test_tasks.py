@@ -11,8 +11,8 @@ from fractions import Fraction
 import pytest
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.posttrain import tasks
-from dsv3_jax.posttrain.tasks import statements
+from dsv3_jax.posttrain import rewards, tasks
+from dsv3_jax.posttrain.tasks import sets, statements
 from tests.posttrain import checkers
 
 LEVELS = [(name, level) for name in tasks.families()
@@ -114,6 +114,15 @@ def test_all_of_a_small_level():
   assert tasks.count("sort", 0, limit=100) == 100
 
 
+def test_what_chance_left_out(monkeypatch):
+  """Law: a set is complete also where chance is given up at the first repeat."""
+  monkeypatch.setattr(sets, "_MISSES", 1)
+  size = tasks.count("multiply", 0, "test")
+  found = tasks.make("multiply", 0, size, 0, "test")
+  assert size == len({p.id for p in found}) == 84
+  assert tasks.make("multiply", 0, 60, 0, "test") == found[:60]
+
+
 def test_harder():
   """Law: with the level grow question and solution together, for the families whose difficulty is
   size. (Equations and Python expressions change in kind.)"""
@@ -159,6 +168,20 @@ def test_describe():
   assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {7}
 
 
+@pytest.mark.parametrize("name", tasks.families())
+def test_rewards_agree(name):
+  """Oracle: the registered rewards. Both worked solutions get 1; another problem's, and the
+  question in the box, at most what the format is worth."""
+  found = tasks.make(name, 1, 12, 4)
+  assert {s.value for s in rewards.score(found, [p.worked for p in found])} == {1.0}
+  assert {s.value for s in rewards.score(found, [p.worked_long for p in found])} == {1.0}
+  if name != "equation":  # math-verify starts processes; its own tests have such
+    other = [next(q for q in found if q.answer != p.answer).worked for p in found]
+    asked = [f"\\boxed{{{p.prompt}}}" for p in found]
+    for answers in (other, asked):
+      assert max(s.value for s in rewards.score(found, answers)) <= 0.1 / 1.1 + 1e-9
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_files(tmp_path, suffix):
   """Law: what was written is read; the same problems give the same bytes."""
@@ -167,6 +190,7 @@ def test_files(tmp_path, suffix):
   paths = [tasks.write(tmp_path / f"{i}.{suffix}", found) for i in (1, 2)]
   assert tasks.read(paths[0]) == found
   assert paths[0].read_bytes() == paths[1].read_bytes()
+  assert suffix == "jsonl" or paths[0].read_bytes()[4:8] == bytes(4)  # gzip's time
 
 
 @pytest.mark.parametrize("record, words", [

@@ -57,7 +57,7 @@ def make(name: str, level: int, count: int, seed: int, split: str = "train") -> 
   if len(found) < count:
     raise ConfigError(
         f"{count:,} problems of {name}:{level} ({own.levels[level]}), but its {split} split has "
-        f"{len(found):,}; ask for at most as many, or for another level")
+        f"{len(found):,}; ask for at most as many, or mix in another level")
   return found
 
 
@@ -146,7 +146,7 @@ def _new(own: Family, level: int, split: str, statement: object, seen: set[str]
 
 
 def count(name: str, level: int, split: str = "train", limit: int = 10_000) -> int:
-  """How many problems a level has; `limit` where it has as many or more.
+  """How many problems a level has in a split: exactly, or `limit` where it has as many or more.
 
   Errors as of `make`.
   """
