@@ -540,10 +540,14 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-  """Supervised fine-tuning (report 5.1): conversations of `data.sources`, packed, answers alone."""
+  """Supervised fine-tuning (report 5.1): conversations, packed, answers alone.
 
+  `data.sources` has no part in it; `data.validation_fraction` of the conversations are held out.
+  """
+
+  files: tuple[str, ...] = ()  # conversations as JSONL; see posttrain/messages.py
+  problems: tuple[str, ...] = ()  # generated ones, with worked solutions: FAMILY:LEVEL:COUNT
   epochs: float = 2.0  # train.tokens follows from it
-  problems: tuple[str, ...] = ()  # generated ones besides: FAMILY:LEVEL:COUNT
   style: str = "short"  # worked solutions of generated problems: short, long, or both
 
   def __post_init__(self):
@@ -556,11 +560,12 @@ class SFT:
 class GRPO:
   """Group relative policy optimization (report 5.3, eq. 26-28), whose settings it does not tell.
 
-  Defaults are DeepSeekMath's clip and KL, and what fits a tiny model.
+  Defaults are DeepSeekMath's KL, and what fits a tiny model.
   """
 
+  files: tuple[str, ...] = ()  # problems as JSONL; see posttrain/problems.py
   problems: tuple[str, ...] = ()  # generated ones: FAMILY:LEVEL:COUNT
-  files: tuple[str, ...] = ()  # JSONL of problems
+  rollouts: int = 50  # train.tokens follows from it
   prompts: int = 8  # problems of a rollout
   group: int = 8  # G, outputs of each
   new_tokens: int = 64  # most tokens of an output
@@ -572,20 +577,20 @@ class GRPO:
   ratio: str = "token"  # of probabilities: of each token, or of the whole output ("sequence")
   mean: str = "sequence"  # over the tokens of each output, then outputs; or over all tokens
   normalize: bool = True  # divide by the group's standard deviation
-  cut_off: str = "zero"  # outputs that reach new_tokens: "zero" reward, or left out ("mask")
+  cut_off: str = "zero"  # reward of outputs that reach new_tokens: zero, none (mask), as is (keep)
   reference_every: int = 0  # rollouts after which the reference becomes today's policy; 0: never
   shuffle_rewards: bool = False  # a control: rewards of a rollout in random order
 
   def __post_init__(self):
     s = "grpo"
-    _positive(s, self, "prompts", "group", "new_tokens", "temperature", "micro_steps")
+    _positive(s, self, "rollouts", "prompts", "group", "new_tokens", "temperature", "micro_steps")
     _not_negative(s, self, "clip_low", "clip_high", "kl", "reference_every")
     _require(self.group > 1, f"{s}.group={self.group}: a group of one has no advantage; use 2 or "
              "more")
     _require(self.clip_low < 1, f"{s}.clip_low={self.clip_low} must be below 1")
     _one_of(s, self, "ratio", ("token", "sequence"))
     _one_of(s, self, "mean", ("token", "sequence"))
-    _one_of(s, self, "cut_off", ("zero", "mask"))
+    _one_of(s, self, "cut_off", ("zero", "mask", "keep"))
     _require(self.prompts % self.micro_steps == 0, f"{s}.micro_steps={self.micro_steps} must "
              f"divide {s}.prompts={self.prompts}: each step takes whole groups")
 
@@ -606,6 +611,12 @@ class Config:
 
   def __post_init__(self):
     _one_of("config", self, "kind", ("pretrain", "sft", "grpo"))
+    for kind in ("sft", "grpo"):
+      own = getattr(self, kind)
+      _require(self.kind != kind or bool(own.files or own.problems),
+               f"kind={kind!r}: name what to learn from in {kind}.files or {kind}.problems")
+      _require(self.kind != kind or bool(self.train.init),
+               f"kind={kind!r} begins with a trained model; name its workdir in train.init")
     micro, mesh = self.data.micro_batch, self.runtime.mesh
     _require(micro % mesh.batch_shards == 0,
              f"{mesh.describe('data', 'node', 'gpu')} must divide the micro-batch of {micro} "

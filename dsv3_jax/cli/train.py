@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     print(config_lib.to_json(config))
     return 0
   workdir = Path(args.workdir) if args.workdir else default_workdir(args.config)
-  from dsv3_jax import files, train  # jax starts here
+  from dsv3_jax import files  # jax starts here
   from dsv3_jax.analysis import report
+  from dsv3_jax.posttrain import run as kinds
   from dsv3_jax.train import launch
 
   found = launch.find(args.coordinator, args.processes, args.process, patience=args.patience,
                       start_timeout=args.start_timeout)
-  result = train.run(config, str(workdir), **({"launch": found} if found else {}))
+  result = kinds.run(config, str(workdir), **({"launch": found} if found else {}))
   if result.first:
     files.write_atomic(workdir / "command.txt", args.command_line + "\n")
     print(f"report: {report.write(workdir)}")

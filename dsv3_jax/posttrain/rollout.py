@@ -167,7 +167,7 @@ class Rollouts:
     ended = np.array([[finish == "stop" for _, finish in group] for group in drawn])
     outputs = [[groups.Output(
         self._prompts[i], [*tokens, *[self._tokenizer.eos] * (finish == "stop")], (), (),
-        float(advantage_NG[n, k]), finish == "stop" or g.cut_off == "zero")
+        float(advantage_NG[n, k]), finish == "stop" or g.cut_off != "mask")
         for k, (tokens, finish) in enumerate(drawn[n])] for n, i in enumerate(chosen)]
     length = np.array([[len(o.tokens) for o in group] for group in outputs])
     self._said = {
@@ -192,7 +192,7 @@ class Rollouts:
           self._cfg.model, weights, Settings(
               pages=pages * running, page_size=_PAGE, longest=self._longest, running=running,
               chunk=256, run=8, queue=count),
-          config.replace(self._cfg.runtime, mesh=config.Mesh(), schedule="none"), "",
+          self._cfg.runtime, "",
           frozenset({self._tokenizer.eos}), self._tokenizer.vocab_size)
     else:
       self._engine.use(weights)

@@ -11,26 +11,15 @@ so that a position is an epoch and a row.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.posttrain.messages import Sample
 
 _OPEN = 64  # rows that are looked at for room
-
-
-class Sample(NamedTuple):
-  """One conversation.
-
-  Attributes:
-    tokens: int32 [n].
-    mask: int8 [n], 1 where a token is a target.
-  """
-
-  tokens: np.ndarray
-  mask: np.ndarray
 
 
 def pack(lengths: Sequence[int], room: int, order: Sequence[int]) -> list[list[int]]:

@@ -9,7 +9,8 @@ from flax import nnx
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model import loss as loss_lib
-from dsv3_jax.posttrain.samples import Sample, Samples, pack
+from dsv3_jax.posttrain.messages import Sample
+from dsv3_jax.posttrain.samples import Samples, pack
 from tests.model import small
 from tests.quick import jit
 
@@ -27,8 +28,8 @@ def samples(count, seed, most=9):
   rng = np.random.default_rng(seed)
   for _ in range(count):
     n = int(rng.integers(2, most + 1))
-    mask = (rng.random(n) < 0.6).astype(np.int8)
-    mask[-1] = 1
+    mask = rng.random(n) < 0.6
+    mask[-1] = True
     yield Sample(rng.integers(1, V, n).astype(np.int32), mask)
 
 
@@ -56,7 +57,7 @@ def test_an_epoch_has_each_conversation_once():
     for row in corpus.epoch(epoch):
       for k in range(row["segments"].max() + 1):
         here = row["segments"] == k
-        found.append(row["tokens"][here].tobytes() + row["mask"][here].tobytes())
+        found.append(row["tokens"][here].tobytes() + row["mask"][here].astype(bool).tobytes())
       assert not row["mask"][row["segments"] < 0].any()
     assert sorted(found) == whole
     orders.append(found)
@@ -88,7 +89,7 @@ def test_refusals():
     made(length=7)
   with pytest.raises(ConfigError, match="no conversation to train on"):
     made(count=0)
-  silent = [Sample(np.arange(3, dtype=np.int32), np.zeros(3, np.int8))]
+  silent = [Sample(np.arange(3, dtype=np.int32), np.zeros(3, bool))]
   with pytest.raises(ConfigError, match="no conversation has an answer"):
     Samples(silent, [], Tokenizer(), 20, 1, 0)
 
