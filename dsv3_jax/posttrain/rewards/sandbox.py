@@ -10,9 +10,11 @@ gets inputs and gives outputs, which are compared elsewhere. No trick with the i
 builtins, frames of callers, sys.exit, os._exit, lines that look like test results) can then make a
 wrong output right.
 
-What every machine gives differs: `protections()` says it. Linux is needed, and either namespaces
-for processes and network or the kernel's filter of system calls (seccomp); else nothing is run.
-Memory is limited for each process, so a program has at most `memory * processes`.
+What every machine gives differs: `protections()` says it. Linux is needed; namespaces for processes
+and network, or the kernel's filter of system calls (seccomp); and a root of its own or a user id of
+its own. With less nothing is run. A run of the usual kind has all six walls, as root and as a user,
+but many containers permit only another user id and the filter. Memory is limited for each process,
+so a program has at most `memory * processes`.
 """
 
 import concurrent.futures
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.posttrain.rewards.jail import values
+from dsv3_jax.posttrain.rewards.jail import values, walls
 
 _START = ("import sys; sys.path.insert(0, {!r}); from jail import supervisor; sys.path.pop(0); "
           "supervisor.main()")
@@ -147,31 +149,31 @@ def run(jobs: Sequence[Job], limits: Limits = Limits(), workers: int = 0) -> lis
     ConfigError: this machine has no way to keep a program in.
     RuntimeError: a wall that stood before cannot be built now, or a supervisor ended.
   """
-  walls = protections().walls
+  behind = protections().walls
   count = workers or len(os.sched_getaffinity(0))
   with concurrent.futures.ThreadPoolExecutor(max(1, min(count, len(jobs)))) as pool:
-    return list(pool.map(lambda job: _job(job, limits, walls), jobs))
+    return list(pool.map(lambda job: _job(job, limits, behind), jobs))
 
 
-def _job(job: Job, limits: Limits, walls: Sequence[str]) -> list[Run]:
+def _job(job: Job, limits: Limits, behind: Sequence[str]) -> list[Run]:
   plain = [r for r in job.runs if r["kind"] != "serve"]
   served = [r for r in job.runs if r["kind"] == "serve"]
-  done = iter(_supervised([{**r, "code": job.code} for r in plain], limits, walls)
+  done = iter(_supervised([{**r, "code": job.code} for r in plain], limits, behind)
               if plain else [])
-  judged = iter(_tested(job.code, served, limits, walls) if served else [])
+  judged = iter(_tested(job.code, served, limits, behind) if served else [])
   return [next(judged if r["kind"] == "serve" else done) for r in job.runs]
 
 
-def _tested(code: str, served: list[dict], limits: Limits, walls: Sequence[str]) -> list[Run]:
+def _tested(code: str, served: list[dict], limits: Limits, behind: Sequence[str]) -> list[Run]:
   """Two supervisors, one of the code and one of its tests, with pipes between their runs."""
   to_code, to_tests = [os.pipe() for _ in served], [os.pipe() for _ in served]
   ours = [end for pair in (*to_code, *to_tests) for end in pair]
   try:
     code_runs = [{"kind": "serve", "code": code} for _ in served]
     test_runs = [{"kind": "tests", "code": r["tests"], "entry": r["entry"]} for r in served]
-    with _Supervisor(code_runs, limits, walls,
+    with _Supervisor(code_runs, limits, behind,
                      [[a[0], b[1]] for a, b in zip(to_code, to_tests, strict=True)]) as answer, \
-         _Supervisor(test_runs, limits, walls,
+         _Supervisor(test_runs, limits, behind,
                      [[b[0], a[1]] for a, b in zip(to_code, to_tests, strict=True)]) as judge:
       while ours:  # an end left open here would keep a reader waiting
         os.close(ours.pop())
@@ -187,15 +189,15 @@ def _tested(code: str, served: list[dict], limits: Limits, walls: Sequence[str])
       os.close(end)
 
 
-def _supervised(runs: list[dict], limits: Limits, walls: Sequence[str]) -> list[Run]:
-  with _Supervisor(runs, limits, walls, [[] for _ in runs]) as supervisor:
+def _supervised(runs: list[dict], limits: Limits, behind: Sequence[str]) -> list[Run]:
+  with _Supervisor(runs, limits, behind, [[] for _ in runs]) as supervisor:
     return supervisor.runs()
 
 
 class _Supervisor:
   """A bare interpreter with a temporary folder; both are gone at the end."""
 
-  def __init__(self, runs: list[dict], limits: Limits, walls: Sequence[str],
+  def __init__(self, runs: list[dict], limits: Limits, behind: Sequence[str],
                wires: list[list[int]], probe: bool = False):
     self._folder = tempfile.TemporaryDirectory(prefix=f"answer-{os.getpid()}-",
                                                ignore_cleanup_errors=True)
@@ -203,7 +205,7 @@ class _Supervisor:
     folders = [os.path.join(self._folder.name, str(i)) for i in range(max(1, len(runs)))]
     for folder in folders:
       os.mkdir(folder)
-    job = {"limits": dataclasses.asdict(limits), "walls": list(walls), "runs": runs,
+    job = {"limits": dataclasses.asdict(limits), "walls": list(behind), "runs": runs,
            "folders": folders, "wires": wires, **({"probe": True} if probe else {})}
     self._count = len(runs)
     self._seconds = limits.seconds * max(1, len(runs)) + _GRACE
@@ -273,8 +275,11 @@ class Protections:
 
   @property
   def enough(self) -> bool:
-    """Whether a program can neither reach the network nor outlive its run."""
-    return "calls" in self.walls or {"processes", "network"} <= set(self.walls)
+    """Whether a program can neither reach the network, nor outlive its run, nor read and change
+    what its user may.
+    """
+    held = "calls" in self.walls or {"processes", "network"} <= set(self.walls)
+    return held and ("files" in self.walls or "user" in self.walls and bool(walls.spare_user()))
 
   def __str__(self) -> str:
     lines = [f"  {'+' if n in self.walls else '-'} {n}: {_SAID[n][n not in self.walls]}"
@@ -295,6 +300,8 @@ def protections() -> Protections:
   with _Supervisor([], Limits(), (), [], probe=True) as supervisor:
     found = Protections(tuple(supervisor.lines()[0]["walls"]))
   if not found.enough:
-    raise ConfigError("code rewards are refused here: the kernel permits neither namespaces for "
-                      f"processes and network nor seccomp filters. {found}")
+    raise ConfigError("code rewards are refused here: programs could reach the network, outlive "
+                      "their run, or read and change the user's files. Permit user namespaces "
+                      "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_"
+                      f"userns=0), or be root in a container or virtual machine. {found}")
   return found
