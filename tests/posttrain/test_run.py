@@ -46,7 +46,7 @@ def many(monkeypatch):
 def grpo(first, **changes):
   return asked(first, **{
       "kind": "grpo", "grpo.problems": ("add:0:8",), "grpo.prompts": 4, "grpo.group": 8,
-      "grpo.new_tokens": 4, "grpo.rollouts": 9, "grpo.kl": 0.0, "grpo.cut_off": "keep",
+      "grpo.new_tokens": 4, "grpo.rollouts": 12, "grpo.kl": 0.0, "grpo.cut_off": "keep",
       "data.sequence_length": 64, "data.batch_size": 16, "data.microbatch": 8,
       "train.checkpoint_every": 4} | changes)
 
@@ -63,7 +63,7 @@ def test_grpo_learns(first, tmp_path, many):
     folder = tmp_path / str(shuffled)
     result = kinds.run(grpo(first, **{"grpo.shuffle_rewards": shuffled}), str(folder),
                        ui=runs.Notes())
-    assert result.finished and result.step == 9
+    assert result.finished and result.step == 12
     found[shuffled] = [r["reward"] for r in steps(folder)]
   rise = {k: sum(v[-3:]) / 3 - sum(v[:3]) / 3 for k, v in found.items()}
   assert rise[False] > 0.15 and rise[True] < rise[False] / 2, (rise, found)
@@ -71,18 +71,18 @@ def test_grpo_learns(first, tmp_path, many):
   assert row["drift"] < 1e-6 and row["kl"] < 1e-6 and row["clipped_high"] == 0
   assert {"entropy", "objective", "solved", "length", "cut_off", "same_reward"} <= row.keys()
   lines = (tmp_path / "False" / "transcripts.jsonl").read_text().splitlines()
-  assert len(lines) == 18 and len(json.loads(lines[0])["outputs"]) == 8
+  assert len(lines) == 24 and len(json.loads(lines[0])["outputs"]) == 8
 
 
 def test_grpo_goes_on_as_if_nothing_had_been(first, tmp_path, many):
-  """Oracle: the uninterrupted run, bit for bit: stopped within a rollout, whose rest and whose
-  refreshed reference come from files; then between two."""
+  """Oracle: the uninterrupted run, bit for bit: stopped between two rollouts, then within one,
+  whose rest and whose refreshed reference come from files."""
   config = grpo(first, **{"grpo.rollouts": 3, "grpo.micro_steps": 2, "grpo.reference_every": 1,
                           "grpo.kl": 0.1, "train.checkpoint_every": 100,
                           "optim.ema_decay": 0.9})
   whole, again = tmp_path / "whole", tmp_path / "again"
   assert kinds.run(config, str(whole), ui=runs.Notes()).finished
-  for step in (3, 4):
+  for step in (1, 4):
     assert not kinds.run(config, str(again), ui=runs.Interrupt(step)).finished
   assert kinds.run(config, str(again), ui=runs.Notes()).finished
   runs.assert_same(whole, again)
