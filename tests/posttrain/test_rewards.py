@@ -94,6 +94,23 @@ def test_boxes(text, found):
   assert final.boxes(text) == found
 
 
+@pytest.mark.parametrize("text", ["\\boxed{", "```py\n", "{", "<think>", "verdict \n", "\n", "<|"])
+def test_long_answers(text):
+  """Law: reading takes time in proportion to the text."""
+  began = time.monotonic()
+  problem = Problem("p", "What is it?", "1", (("exact", 1.0), ("math", 1.0), ("format", 1.0)))
+  assert rewards.score([problem], [text * (300_000 // len(text))])[0].value == 0
+  assert final.code(text * 50_000) is None or "```" not in text
+  assert time.monotonic() - began < 3
+
+
+def test_code_blocks():
+  """Oracle: by hand; the last closed block, with what stands in it."""
+  assert final.code("a\n```python\nx = 1\n```\nb\n```\ny = '``` z'\n```\nc") == "y = '``` z'\n"
+  assert final.code("```\nx\n```\n```\ny") == "x\n" and final.code("x = 1") == "x = 1"
+  assert final.code("```py\nx") is None and final.code(" ") is None
+
+
 _GOOD = r"<think>6*7</think> It is \boxed{42}."
 
 

@@ -28,6 +28,8 @@ from dsv3_jax.posttrain.rewards.registry import register
 _SECONDS = 5.0  # for one comparison
 _START_SECONDS = 120.0  # for importing sympy on a busy machine
 _LONGEST = 1000  # characters of a box
+# One number, fraction or name: a question may well offer it as an answer.
+_PLAIN = re.compile(r"-?(\d+/\d+|\\[dt]?frac\{?-?\d+\}?\{?\d+\}?|\\?[\w.,%]*)")
 _INTEGER = re.compile(r"[-+]?\d{1,400}")
 
 
@@ -72,8 +74,7 @@ def _quick(problem: Problem, answer: str) -> Score | str:
       len(values) > 1 or not re.fullmatch(r"\s*(\\?[A-Za-z]\w*(\([A-Za-z]\))?)\s*", name)):
     return Score(0.0, "an equation in the box where a value is asked for")
   bare = re.sub(r"\s", "", text)
-  if len(bare) >= 3 and not re.fullmatch(r"[\w.]*", bare) and \
-      bare in re.sub(r"\s", "", problem.prompt):
+  if not _PLAIN.fullmatch(bare) and bare in re.sub(r"\s", "", problem.prompt):
     return Score(0.0, "the box copies the question")
   return text
 

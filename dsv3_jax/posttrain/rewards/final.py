@@ -8,8 +8,7 @@ import re
 import unicodedata
 
 OPEN, CLOSE = "<think>", "</think>"
-_BOX = re.compile(r"\\boxed\s*\{")
-_FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def part(answer: str, prompt: str = "") -> str:
@@ -27,19 +26,21 @@ def part(answer: str, prompt: str = "") -> str:
 def _spans(text: str) -> list[tuple[int, int]]:
   r"""Where the contents of each \boxed{...} begin and end; (0, 0) for one that is not closed.
 
-  An escaped brace is a character; the others must balance.
+  An escaped brace is a character; the others must balance. One pass, however hostile the text.
   """
-  found = []
-  for match in _BOX.finditer(text):
-    depth, place = 1, match.end()
-    while place < len(text) and depth:
-      if text[place] == "\\":
-        place += 1
-      else:
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-      place += 1
-    found.append((0, 0) if depth else (match.end(), place - 1))
-  return found
+  found: list[tuple[int, int]] = []
+  opened: list[int] = []  # of each open brace: the number of its box, -1 where it has none
+  for match in _BRACES.finditer(text):
+    if match.group() == "}":
+      number = opened.pop() if opened else -1
+      if number >= 0:
+        found[number] = found[number][1], match.start()
+    elif match.group() == "{":
+      opened.append(-1)
+    elif match.group().startswith("\\boxed"):
+      opened.append(len(found))
+      found.append((0, match.end()))
+  return [(begin, end) if begin else (0, 0) for begin, end in found]
 
 
 def boxes(text: str) -> list[str | None]:
@@ -60,10 +61,17 @@ def after_box(text: str) -> str:
 
 def code(text: str) -> str | None:
   """The last closed block between ``` fences, else the whole text if it has no fence."""
-  blocks = _FENCE.findall(text)
-  if blocks:
-    return blocks[-1][1]
-  return None if "```" in text or not text.strip() else text
+  block: list[str] | None = None
+  last = None
+  for line in text.splitlines(keepends=True):
+    if not line.lstrip().startswith("```"):
+      if block is not None:
+        block.append(line)
+    elif block is None:
+      block = []
+    elif line.strip() == "```":
+      last, block = "".join(block), None
+  return last if "```" in text else text if text.strip() else None
 
 
 def normal(text: str) -> str:
