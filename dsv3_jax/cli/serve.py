@@ -19,7 +19,8 @@ DESCRIPTION = (
     "those under way are answered first.\n\n"
     "With --mesh over several devices: each has requests of its own, and a part of the experts.\n"
     "Redundant experts relieve the busiest devices; where experts are follows the load that they\n"
-    "have, and requests go on while they move (`dsv3 simulate` shows what to expect of it).")
+    "have, and requests go on while they move (`dsv3 simulate` shows what to expect of it). With\n"
+    "--apart prompts are read on devices of their own.")
 EXAMPLES = (
     "  dsv3 serve runs/tiny\n"
     "  DSV3_API_KEY=secret dsv3 serve exported --host=0.0.0.0 --port=8080 --name=mine\n"
@@ -77,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   several.add_argument("--halves", action="store_true",
                        help="run two micro-batches, one's tokens on their way to experts while the "
                             "other computes")
+  several.add_argument("--apart", action="store_true",
+                       help="read prompts on as many devices again, by an engine of their own that "
+                            "hands the cache over: a long prompt holds up no answer")
   several.add_argument("--dispatch", choices=("two_hop", "flat", "gather"), default="two_hop",
                        help="how tokens reach experts (default: %(default)s)")
   parser.add_argument("--cold", action="store_true",
@@ -109,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     import uvicorn
   except ImportError as e:
     raise ConfigError(f"serving wants {e.name}: pip install 'dsv3-jax[serve]'") from None
-  from dsv3_jax.infer.engine import Engine, Settings
+  from dsv3_jax.infer.batches import Settings
   from dsv3_jax.serve import app, devices, guard
   from dsv3_jax.serve.worker import Worker
 
@@ -121,19 +125,16 @@ def run(args: argparse.Namespace) -> int:
   if args.load:
     from dsv3_jax.analysis import recorded_load
     load_LE = recorded_load.read(args.load).sum(0)
-  record = devices.Recorder(args.record) if args.record else None
+  devices.check(mesh, args.apart)
   generator, tokenizer, context = trained.load(args.source, args.step, args.ema, args.dtype,
                                                args.cache, args.weights, trained.to_stderr)
   if not args.longest:
     settings = dataclasses.replace(settings, longest=min(context, settings.limit))
-  how = dict(weights=generator.weights, runtime=generator.runtime)
-  if mesh is not None:
-    runtime = config.replace(generator.runtime, **{"dispatch.form": args.dispatch})
-    how = devices.spread(generator.cfg, generator.weights, runtime, mesh, args.redundant, load_LE)
-  engine = Engine(generator.cfg, settings=settings, cache_dtype=generator.cache_dtype,
-                  stop=frozenset({tokenizer.eos}), vocabulary=tokenizer.vocab_size, **how)
-  if record is not None:
-    engine.batches.on_load = record
+  engine = devices.make_engine(
+      args.apart, args.record, generator.cfg, mesh, args.redundant, load_LE, generator.weights,
+      config.replace(generator.runtime, **{"dispatch.form": args.dispatch}), settings=settings,
+      cache_dtype=generator.cache_dtype, stop=frozenset({tokenizer.eos}),
+      vocabulary=tokenizer.vocab_size)
   name = args.name or Path(args.source).resolve().name
   key = args.api_key or os.environ.get("DSV3_API_KEY", "")
   open_to_all = bool(key) or not _loopback(args.host)

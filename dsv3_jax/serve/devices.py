@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
 from dsv3_jax.infer import balance, slots
+from dsv3_jax.infer.disaggregated import Disaggregated, Reader, Writer
+from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.parameters import Parameters
 from dsv3_jax.parallel import mesh as mesh_lib
 
@@ -33,22 +36,73 @@ def sizes(text: str) -> config.Mesh:
   return config.Mesh(data=data[0] if data else 1, node=node, gpu=gpu)
 
 
-def spread(cfg: config.Model, weights: Parameters, runtime: config.Runtime, sizes: config.Mesh,
-           redundant: int = 0, load_LE: np.ndarray | None = None) -> dict[str, Any]:
-  """What `Engine` takes for several devices: weights, runtime, mesh, expert_LI.
+def spread(weights: Parameters, cfg: config.Model, runtime: config.Runtime,
+           sizes: config.Mesh | None, redundant: int = 0, load_LE: np.ndarray | None = None,
+           after: int = 0) -> dict[str, Any]:
+  """What `Engine` takes of its devices: weights, runtime, mesh, expert_LI.
 
   Args:
-    cfg, weights, runtime: of a generator.
-    sizes: of the mesh.
+    weights, cfg, runtime: of a generator.
+    sizes: of the mesh; None: one device.
     redundant, load_LE: see `balance.first`.
+    after: how many of the devices are another engine's.
 
   Raises:
-    ConfigError: fewer devices than the mesh has, or experts that cannot be cut so.
+    ConfigError: fewer devices than that takes, or experts that cannot be cut so.
   """
-  mesh = mesh_lib.make_mesh(sizes)
+  here = jax.devices()[after:]
+  if sizes is None:
+    return dict(weights=jax.device_put(weights, here[0]) if after else weights, runtime=runtime)
+  mesh = mesh_lib.make_mesh(sizes, here)
   expert_LI = balance.first(cfg, mesh, redundant, load_LE)
   return dict(weights=slots.place(weights, expert_LI, mesh), mesh=mesh, expert_LI=expert_LI,
               runtime=config.replace(runtime, mesh=sizes))
+
+
+def check(sizes: config.Mesh | None, apart: bool) -> None:
+  """Raises ConfigError if there are too few devices, before a model is loaded.
+
+  Args:
+    sizes: of an engine's mesh; None: one device.
+    apart: whether there are two engines.
+  """
+  needed = (1 + apart) * (sizes.devices if sizes else 1)
+  if needed > len(jax.devices()):
+    asked = " and ".join(["--mesh"] * (sizes is not None) + ["--apart"] * apart)
+    raise ConfigError(
+        f"{asked}: {needed} devices are needed, and {len(jax.devices())} {jax.default_backend()} "
+        "device(s) are present; use fewer, or split a CPU with "
+        f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}")
+
+
+def make_engine(apart: bool, record: str | None, cfg: config.Model, sizes: config.Mesh | None,
+                redundant: int, load_LE: np.ndarray | None, weights: Parameters,
+                runtime: config.Runtime, **how: Any) -> Engine | Disaggregated:
+  """An engine, or two of which one reads prompts and the other writes.
+
+  Args:
+    apart: whether there are two, each on devices of its own.
+    record: folder for the load of experts; of two engines "prefill" and "decode" within.
+    cfg, sizes, redundant, load_LE, weights, runtime: see `spread`.
+    how: the rest of `Engine`'s arguments.
+
+  Raises:
+    ConfigError: see `spread` and `Engine`.
+    OSError: the folder cannot be written to.
+  """
+  first = spread(weights, cfg, runtime, sizes, redundant, load_LE)
+  if not apart:
+    engine = Engine(cfg, **how, **first)
+    if record:
+      engine.batches.on_load = Recorder(record)
+    return engine
+  after = sizes.devices if sizes else 1
+  second = spread(weights, cfg, runtime, sizes, redundant, load_LE, after)
+  reader, writer = Reader(cfg, **how, **second), Writer(cfg, **how, **first)
+  if record:
+    reader.batches.on_load = Recorder(Path(record) / "prefill")
+    writer.batches.on_load = Recorder(Path(record) / "decode")
+  return Disaggregated(reader, writer)
 
 
 class Recorder:

@@ -62,6 +62,7 @@ class _Engine:
         ("generated_tokens", "Tokens that were written", totals["new"]),
         ("shared_tokens", "Tokens of prompts that were found in the cache", totals["shared"]),
         ("preemptions", "Times that a request had to give its pages back", totals["preempted"]),
+        ("handed_bytes", "Cache handed from where prompts are read", totals["handed"]),
         ("engine_steps", "Steps of the engine", totals["steps"])):
       yield CounterMetricFamily(f"dsv3_{name}", text, value=value)
     for name, text, value in (

@@ -47,6 +47,8 @@ def test_recorder(tmp_path, monkeypatch, caplog):
     (["--mesh=2x2", "--redundant=-1"], "--redundant=-1 must not be negative"),
     (["--mesh=4"], "--mesh=4: write NODESxGPUS"),
     (["--mesh=1x2", "--load=nowhere"], "nowhere does not exist"),
+    (["--mesh=8x8"], "--mesh: 64 devices are needed"),
+    (["--mesh=2x4", "--apart"], "--mesh and --apart: 16 devices"),
     (["--record=x", "--rebalance=0"], "--record writes a line each --rebalance seconds")])
 def test_errors(tmp_path, capsys, words, message):
   """Law: bad settings are said before the model is loaded."""
