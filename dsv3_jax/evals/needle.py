@@ -5,11 +5,12 @@ A haystack of L tokens is, by construction,
     bos | filler ... | The magic number of zofami is 48213. | ... filler | The magic number of zofami is
 
 and its answer, " 48213", which counts among the L. Key, value and stretch of filler are drawn with
-a seed; the haystacks of one length and number differ by depth alone (what stands where), so that
-depths compare like with like, and models with one tokenizer see the very same ones. The needle lies
-between two lines of the filler, at the border nearest to `depth` times the filler's tokens: 0 is
-the beginning, 1 right before the question. Parts are tokenised apart, which at the end of a line is
-how the whole would be; the stretch begins within a line where it must, as windows of training do.
+a seed; the haystacks of one number have one key and value, and those of one length differ by depth
+alone (what stands where), while a longer one has more filler before: so depths and lengths compare
+like with like, and models with one tokenizer see the very same ones. The needle lies between two
+lines of the filler, at the border nearest to `depth` times the filler's tokens: 0 is the beginning,
+1 right before the question. Parts are tokenised apart, which at the end of a line is how the whole
+would be; the stretch begins within a line where it must, as windows of training do.
 
 Three measures, from hard to soft:
 
@@ -132,7 +133,7 @@ def make(filler: Filler, length: int, depths: Sequence[float], number: int = 0, 
       that leaves no room for filler.
   """
   check(template, depths, digits, values)
-  tokenizer, rng = filler.tokenizer, np.random.default_rng([seed, length, number])
+  tokenizer, rng = filler.tokenizer, np.random.default_rng([seed, number])
   key = "".join(c for pair in zip(rng.choice(list("bdfgklmnprstvz"), 3),
                                   rng.choice(list("aeiou"), 3), strict=True) for c in pair)
   value = str(rng.choice(values) if values else rng.integers(10**(digits - 1), 10**digits))
@@ -203,14 +204,19 @@ def measure(generator: Generator, tokenizer: Any, haystacks: Sequence[Haystack],
                            lambda done, _: say(len(haystacks) + done, every))
   found = []
   for h, own, written in zip(haystacks, scores, texts, strict=True):
-    expected = re.escape(tokenizer.decode(h.answer).strip())
     bits = _bits(own)
     found.append({"length": h.length, "depth": h.depth, "place": h.place, "number": h.number,
                   "key": h.key, "value": h.value, "text": written.text,
-                  "recall": bool(re.match(rf"{expected}(?!\w)", written.text.strip())),
+                  "recall": recalled(tokenizer.decode(h.answer), written.text),
                   "forced": own.greedy, "bits": bits, "ranks": own.ranks,
                   "gain": alone[tuple(h.question), tuple(h.answer)] - bits})
   return found
+
+
+def recalled(answer: str, text: str) -> bool:
+  """Whether a text begins with the answer, and no letter or digit follows it; space at the
+  beginning does not count."""
+  return bool(re.match(rf"{re.escape(answer.strip())}(?!\w)", text.lstrip()))
 
 
 def _bits(own: score.Score) -> float:

@@ -49,11 +49,10 @@ def _tasks(tasks: Sequence[dict[str, Any]]) -> list[Table]:
   if written:
     several = written[0]["samples"] > 1
     ks = list(written[0]["pass_at"]) if several else []
-    found.append(("written answers", ("task", "records", *["samples"] * several,
-                                      "exact" if not several else "right samples",
-                                      *(f"pass@{k}" for k in ks)), [
-        (t["task"], str(t["records"]), *[str(t["samples"])] * several,
-         _share(t["exact"], t["exact_error"]),
+    found.append(("written answers", ("task", "records", *(
+        ("samples", *(f"pass@{k}" for k in ks)) if several else ("exact",))), [
+        (t["task"], str(t["records"]),
+         *([str(t["samples"])] if several else [_share(t["exact"], t["exact_error"])]),
          *(_share(t["pass_at"][k], t["pass_at_error"][k]) for k in ks)) for t in written]))
   return found
 

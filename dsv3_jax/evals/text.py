@@ -8,7 +8,7 @@ and flatters less: with `stride = window - 1` some tokens are predicted from one
 
 Bits per byte: the bits of all predictions over the UTF-8 bytes that they stand for. eos has no
 bytes, but its bits count, as in training's validation; they are returned apart too, since
-lm-evaluation-harness, for one, does not predict it.
+lm-evaluation-harness, for one, does not predict it. Its windows are those of the largest stride.
 """
 
 import math
@@ -93,7 +93,8 @@ def measure(generator: Generator, tokenizer: Any, documents: Sequence[tuple[str,
     raise ConfigError("there is no text to measure on")
   value, error = spread.ratio([d["bits"] for d in each], [d["bytes"] for d in each])
   loss = total("bits") * math.log(2) / total("tokens")
-  return {"bits_per_byte": value, "error": error, "loss": loss, "perplexity": math.exp(loss),
+  return {"bits_per_byte": value, "error": error, "loss": loss,
+          "perplexity": math.exp(min(loss, 700.0)),
           "bytes": total("bytes"), "tokens": total("tokens"), "end_bits": total("end_bits"),
           "window": window, "stride": stride, "documents": each}
 

@@ -166,6 +166,9 @@ def test_haystacks(tokenizer):
     assert sorted(h.prompt) == sorted(made[0].prompt) and (h.key, h.value) == (
         made[0].key, made[0].value)
   assert [made[0].place, made[2].place] == [0, 1]
+  more, = needle.make(filler, 500, (1,), number=2, seed=7)
+  assert (more.key, more.value) == (made[0].key, made[0].value)
+  assert more.prompt[-300:] == made[2].prompt[-300:]
   short = needle.Filler(tokenizer, ["one\n\n \ntwo"])
   assert [tokenizer.decode(line) for line in short.lines] == ["one\n\n \n", "two\n"]
   code, = needle.make(short, 90, (0.5,), template="{key} = {value}", digits=2)
@@ -176,6 +179,13 @@ def test_haystacks(tokenizer):
                 dict(template="{value} {key}"), dict(digits=0)):
     with pytest.raises(ConfigError):
       needle.make(filler, **{"length": 400, "depths": (0,), **wrong})
+
+
+def test_recall():
+  """Oracle: judged by hand."""
+  for written, right in ((" 48213.\n", True), ("48213", True), ("482134", False), ("48213th", False),
+                      ("4821", False), ("is 48213", False), ("\n 48213 and", True)):
+    assert needle.recalled(" 48213", written) == right
 
 
 def test_means_of_needles():
