@@ -183,8 +183,9 @@ def test_haystacks(tokenizer):
 
 def test_recall():
   """Oracle: judged by hand."""
-  for written, right in ((" 48213.\n", True), ("48213", True), ("482134", False), ("48213th", False),
-                      ("4821", False), ("is 48213", False), ("\n 48213 and", True)):
+  for written, right in ((" 48213.\n", True), ("48213", True), ("482134", False),
+                         ("48213th", False), ("4821", False), ("is 48213", False),
+                         ("\n 48213 and", True)):
     assert needle.recalled(" 48213", written) == right
 
 
