@@ -248,6 +248,7 @@ def test_calls_and_stated_tests():
   assert "cannot be judged" in found[2][1] and "defines no no" in found[3][1]
   assert len(found) == 4  # the process ended in the fifth
   assert [t.ok for t in tests] == [True, False, True, False]
+  assert {t.ended for t in tests} == {"exit"}  # none waited for an answer's process that is gone
 
 
 @pytest.mark.parametrize("value", [

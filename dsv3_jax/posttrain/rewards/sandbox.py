@@ -12,9 +12,9 @@ wrong output right.
 
 What every machine gives differs: `protections()` says it. Linux is needed; namespaces for processes
 and network, or the kernel's filter of system calls (seccomp); and a root of its own or a user id of
-its own. With less nothing is run. A run of the usual kind has all six walls, as root and as a user,
-but many containers permit only another user id and the filter. Memory is limited for each process,
-so a program has at most `memory * processes`.
+its own. With less nothing is run. All six walls stand for root, and for a user where user
+namespaces are permitted; many containers permit root another user id and the filter alone. Memory
+is limited for each process, so a program has at most `memory * processes`.
 """
 
 import concurrent.futures

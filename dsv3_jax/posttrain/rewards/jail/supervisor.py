@@ -107,7 +107,7 @@ class _Monitor:
       ended = "cpu" if os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU) and \
           cpu > self._limits["cpu"] - 0.2 else "signal"
     elif ended == "itself":
-      # The kernel ended a forked child is the program's affair; more than allowed is ours.
+      # Its last words, which come after its end, are under the limit too.
       ended = "output" if max(map(len, self._taken.values())) > self._most else "exit"
     text = {name: bytes(data[:self._most]).decode("utf-8", "replace")
             for name, data in self._taken.items()}
