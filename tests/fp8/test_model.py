@@ -57,11 +57,6 @@ def gradients(cfg, micros=1, mesh=None, amax=None):
 
 
 @pytest.fixture(scope="module")
-def v3():
-  return gradients(CFG)
-
-
-@pytest.fixture(scope="module")
 def one_layer():
   return gradients(ONE_LAYER)
 
@@ -150,12 +145,12 @@ def test_micro_batches_share_weights_quantized_once():
   assert count[True] == 0 and count[False] >= 20, count
 
 
-def test_eight_devices_compute_as_one(v3):
+def test_eight_devices_compute_as_one(one_layer):
   """Oracle: one device. Tiles along tokens end at a device's edge, so Wgrad may differ by what
   another tiling makes; the forward pass may not."""
-  cfg = config.replace(CFG, **{"runtime.mesh.data": 8})
+  cfg = config.replace(ONE_LAYER, **{"runtime.mesh.data": 8})
   mesh = step.mesh_lib.make_mesh(cfg.runtime.mesh)
-  (grads, aux), (want, aux_want) = gradients(cfg, mesh=mesh), v3
+  (grads, aux), (want, aux_want) = gradients(cfg, mesh=mesh), one_layer
   np.testing.assert_allclose(aux["loss_sum"], aux_want["loss_sum"], rtol=1e-5)
   for name, w in flat(want).items():
     assert metric(flat(grads)[name], w) < 2e-3, name

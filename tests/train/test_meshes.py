@@ -22,6 +22,7 @@ CFG = config.replace(
        "data.sequence_length": 8, "data.batch_size": 32, "data.microbatch": 8})
 M, B = 4, 8
 STEPS = 50
+HYPER = state.Hyper(jnp.float32(3e-4), jnp.float32(1e-3), jnp.float32(0.3))
 
 
 def batches(steps):
@@ -33,8 +34,8 @@ def batches(steps):
 
 
 @functools.cache
-def run(steps=STEPS, **changes):
-  """Losses [steps], counts [steps, L, E], gradient norms, dropped pairs and the last state."""
+def made(**changes):
+  """Mesh, first state and compiled step, once for runs of any length."""
   cfg = config.replace(CFG, **{key.replace("__", "."): value for key, value in changes.items()})
   one = cfg.runtime.mesh.devices == 1 and cfg.runtime.schedule == "none"
   mesh = None if one else mesh_lib.make_mesh(cfg.runtime.mesh)
@@ -42,14 +43,22 @@ def run(steps=STEPS, **changes):
   graphdef, _, init = state.initializer(
       lambda: state.build_model(cfg.model, 0), optimizer, mesh, cfg.runtime)
   train_step = step.make_train_step(graphdef, cfg, optimizer, mesh)
-  now, found, compiled = init(), [], None
-  hyper = state.Hyper(jnp.float32(3e-4), jnp.float32(1e-3), jnp.float32(0.3))
+  batch, first = placed(next(batches(1)), mesh), init()
+  compiled = train_step.lower(first, batch, HYPER).compile(compiler_options=quick.options())
+  return mesh, jax.device_get(first), jax.tree.map(lambda x: x.sharding, first), compiled
+
+
+def placed(batch, mesh):
+  return batch if mesh is None else jax.device_put(batch, sharding.batch_sharding(mesh))
+
+
+@functools.cache
+def run(steps=STEPS, **changes):
+  """Losses [steps], counts [steps, L, E], gradient norms, dropped pairs and the last state."""
+  mesh, first, shardings, compiled = made(**changes)
+  now, found = jax.device_put(first, shardings), []  # a step donates its state
   for batch in batches(steps):
-    if mesh is not None:
-      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    if compiled is None:
-      compiled = train_step.lower(now, batch, hyper).compile(compiler_options=quick.options())
-    now, metrics = compiled(now, batch, hyper)
+    now, metrics = compiled(now, placed(batch, mesh), HYPER)
     found.append(jax.device_get(metrics))
   stack = lambda key: np.stack([m[key] for m in found])
   return stack("loss"), stack("counts_LE"), stack("grad_norm"), stack("dropped"), now
