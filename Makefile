@@ -81,7 +81,7 @@ lint: $(FULL)
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
 test-kernels: $(BARE)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) tests/kernels $(ARGS)
