@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             "copies of all experts; --tokens and --running are of each device "
                             "(default: one device)")
   several.add_argument("--redundant", type=int, default=0, metavar="N",
-                       help="experts that are on two devices or more, of each layer (default: "
-                            "%(default)s)")
+                       help="slots of each layer beyond one for each expert, for those that have "
+                            "most load (default: %(default)s)")
   several.add_argument("--load", metavar="PATH",
                        help="place experts at first by a recorded load: a run's workdir, or what "
                             "--record has written")
@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   several.add_argument("--apart", action="store_true",
                        help="read prompts on as many devices again, by an engine of their own that "
                             "hands the cache over: a long prompt holds up no answer")
-  several.add_argument("--dispatch", choices=("two_hop", "flat", "gather"), default="two_hop",
-                       help="how tokens reach experts (default: %(default)s)")
+  several.add_argument("--dispatch", choices=("two_hop", "flat", "gather"),
+                       help="how tokens reach experts (default: two_hop)")
   parser.add_argument("--cold", action="store_true",
                       help="compile when a size is first wanted, not before the first call")
 
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
   for name in ("redundant", "rebalance"):
     if getattr(args, name) < 0:
       raise ConfigError(f"--{name}={getattr(args, name):g} must not be negative")
-  for name in ("redundant", "load", "halves"):
+  for name in ("redundant", "load", "halves", "dispatch"):
     if getattr(args, name) and not args.mesh:
       raise ConfigError(f"--{name} goes with --mesh: it is about several devices")
   if args.record and not args.rebalance:
@@ -126,15 +126,18 @@ def run(args: argparse.Namespace) -> int:
     from dsv3_jax.analysis import recorded_load
     load_LE = recorded_load.read(args.load).sum(0)
   devices.check(mesh, args.apart)
-  generator, tokenizer, context = trained.load(args.source, args.step, args.ema, args.dtype,
-                                               args.cache, args.weights, trained.to_stderr)
+  with devices.beside(mesh):
+    generator, tokenizer, context = trained.load(args.source, args.step, args.ema, args.dtype,
+                                                 args.cache, args.weights, trained.to_stderr)
   if not args.longest:
     settings = dataclasses.replace(settings, longest=min(context, settings.limit))
   engine = devices.make_engine(
       args.apart, args.record, generator.cfg, mesh, args.redundant, load_LE, generator.weights,
-      config.replace(generator.runtime, **{"dispatch.form": args.dispatch}), settings=settings,
+      config.replace(generator.runtime, **{"dispatch.form": args.dispatch or "two_hop"}),
+      settings=settings,
       cache_dtype=generator.cache_dtype, stop=frozenset({tokenizer.eos}),
       vocabulary=tokenizer.vocab_size)
+  del generator  # with weights of its own, where the engine's are on several devices
   name = args.name or Path(args.source).resolve().name
   key = args.api_key or os.environ.get("DSV3_API_KEY", "")
   open_to_all = bool(key) or not _loopback(args.host)
@@ -150,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
     return 1
   if not args.cold:
     engine.warm(lambda what: print(f"compiling: {what}", file=sys.stderr, flush=True))
+  socket.listen(server.config.backlog)  # whoever reads the address may call at once
   host, port = socket.getsockname()[:2]
   if not key and not _loopback(args.host):
     print("no key: whoever reaches this address may call; set DSV3_API_KEY", file=sys.stderr)

@@ -40,8 +40,12 @@ def first(cfg: config.Model, mesh: jax.sharding.Mesh, redundant: int,
       None: equal.
 
   Raises:
-    ConfigError: the slots do not divide among the devices, or the load is another model's.
+    ConfigError: the model has no experts to cut, the slots do not divide among the devices, or the
+      load is another model's.
   """
+  if not cfg.moe_layers:
+    raise config.ConfigError("a mesh cuts experts, and this model has none (model.dense_layers="
+                             f"{cfg.dense_layers} of {cfg.layers}); serve it on one device")
   shape = (cfg.moe_layers, cfg.moe.experts)
   if load_LE is None:
     load_LE = np.ones(shape)
@@ -65,6 +69,9 @@ def _place(cfg: config.MoE, mesh: jax.sharding.Mesh, load_LE: np.ndarray, count:
 class Balancer:
   """Weights whose experts follow their load.
 
+  What goes wrong in a rebalancing ends that rebalancing: the old weights are whole until the new
+  ones take their place.
+
   Args:
     cfg: the model.
     weights: of `slots.place`.
@@ -74,7 +81,7 @@ class Balancer:
   Attributes:
     weights: as they are now.
     expert_LI: where experts are now.
-    load_LE: what the last placement was chosen by.
+    load_LE: what the last placement was chosen by, older windows' share of it included.
     totals: "rebalanced" and "moved", experts that devices fetched from others.
   """
 
@@ -84,6 +91,7 @@ class Balancer:
     self.load_LE = np.zeros((len(expert_LI), cfg.moe.experts))
     self.totals: collections.Counter[str] = collections.Counter()
     self._cfg, self._mesh = cfg, mesh
+    self._share_LE: np.ndarray | None = None  # of the first placement's load
     self._devices = mesh.shape["node"] * mesh.shape["gpu"]
     self._moe = [i for i, w in enumerate(weights.layers) if isinstance(w.ffn, Experts)]
     self._pool = ThreadPoolExecutor(1, "placement")
@@ -94,7 +102,7 @@ class Balancer:
   @property
   def busy(self) -> bool:
     """Whether a rebalancing is under way."""
-    return bool(self._wanted or self._changes or self._move)
+    return bool(self._wanted is not None or self._changes or self._move)
 
   @property
   def imbalance(self) -> float:
@@ -112,20 +120,38 @@ class Balancer:
       arrays = self._begin(self._moe[0], own_Wi)
       self._exchange(self._moe[0], arrays, migrate.Round(0, nothing * 0, nothing))
 
+  def remember(self, load_LE: np.ndarray) -> None:
+    """Lets a recorded load, which the first placement follows, count as the window before the
+    first."""
+    total_L1 = load_LE[:len(self.load_LE)].sum(1, keepdims=True)
+    self._share_LE = load_LE[:len(self.load_LE)] / np.maximum(total_L1, 1e-30)
+
   def rebalance(self, load_LE: np.ndarray) -> None:
     """Begins to place experts after the load of another window; not while `busy`."""
     assert not self.busy
+    if self._share_LE is not None:
+      self.load_LE, self._share_LE = self._share_LE * load_LE.sum(1, keepdims=True), None
     self.load_LE = MEMORY * self.load_LE + load_LE
     if self._moe and self._devices > 1 and self.load_LE.any():
       self._wanted = self._pool.submit(
           _place, self._cfg.moe, self._mesh, self.load_LE, self.expert_LI.shape[1],
           previous=self.expert_LI.copy(), slack=SLACK)
 
-  def step(self) -> None:
-    """Goes on by one round, if there is anything to do."""
+  def step(self) -> bool:
+    """Goes on by one round, if there is anything to do; whether experts moved."""
     if self._wanted is not None:
       self._decided()
-    elif self._move is not None:
+      return False
+    try:
+      self._round()
+      return True
+    except Exception:
+      _log.exception("experts could not be moved; they stay where they are")
+      self._changes, self._move = [], None
+      return False
+
+  def _round(self) -> None:
+    if self._move is not None:
       self._go_on()
     elif self._changes:
       layer, new_I = self._changes[0]
@@ -134,8 +160,8 @@ class Balancer:
       self._finish_layer()
 
   def close(self) -> None:
-    """Ends the thread."""
-    self._pool.shutdown(cancel_futures=True)
+    """Ends the thread; a search that is under way is not waited for."""
+    self._pool.shutdown(wait=False, cancel_futures=True)
 
   def _decided(self) -> None:
     wanted = self._wanted

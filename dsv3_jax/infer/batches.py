@@ -5,12 +5,11 @@ penalties, biases and alternatives are computed for all. So there are two progra
 decoding, and one (with everything) a size of a prompt's chunk, which `warm` compiles.
 
 Over a mesh each device is a *rank* with jobs and pages of its own, and all run at once (`spmd.py`):
-a rank without anything to do has empty rows. Every `settings.window` seconds the load of the
-experts is looked at, and experts move to where it is (`balance.py`).
+a rank without anything to do has empty rows. How many tokens each expert got is counted on the
+way; `watch.py` and `balance.py` say what follows of it.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,8 @@ from dsv3_jax.infer import cache as cache_lib
 from dsv3_jax.infer.cache import Cache
 from dsv3_jax.infer.parameters import Parameters
 from dsv3_jax.infer.request import TOPS, Job
+from dsv3_jax.infer.watch import Watch
+from dsv3_jax.parallel import mesh as mesh_lib
 
 _LEAST = 16  # a bound of the smallest size that chunks are padded to
 
@@ -59,6 +60,8 @@ class Settings:
   window: float = 0.0
 
   def __post_init__(self):
+    if not self.window >= 0:
+      raise ConfigError(f"window={self.window} seconds must not be negative; 0 never looks")
     for name in ("pages", "page_size", "running", "chunk", "run", "queue"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -93,7 +96,7 @@ class Batches:
     dtype: of the cache.
     table: pages that a request may have.
     balancer: of a mesh, or None.
-    on_load: called with the experts' load of each window, fp64 [MoE layers, E] tokens.
+    watch: over the experts' load, to be stepped between two steps.
   """
 
   def __init__(self, cfg: config.Model, weights: Parameters, settings: Settings,
@@ -101,12 +104,15 @@ class Batches:
                mesh: jax.sharding.Mesh | None = None, expert_LI: np.ndarray | None = None):
     if mesh is not None and runtime.dispatch.overflow == "drop":
       raise ConfigError("runtime.dispatch.overflow='drop' loses tokens; serve with 'rounds'")
-    if mesh is None and settings.halves:
+    if settings.halves and (mesh is None or mesh.size == 1 or runtime.dispatch.form == "gather"):
       raise ConfigError("halves=True runs two micro-batches so that the tokens of one travel while "
-                        "the other computes; on a single device nothing travels")
+                        "the other computes; on a single device nothing travels, and where "
+                        "runtime.dispatch.form='gather' all devices wait for all tokens")
+    assert (mesh is None) == (expert_LI is None), "a mesh comes with a placement"
+    assert mesh is None or dict(mesh.shape) == {
+        a: getattr(runtime.mesh, a) for a in mesh.shape}, (mesh.shape, runtime.mesh)
     self.ranks = 1 if mesh is None else mesh.size
     self.balancer = None if mesh is None else balance.Balancer(cfg, weights, expert_LI, mesh)
-    self.on_load: Callable[[np.ndarray], Any] = lambda load_LE: None
     specs = None if mesh is None else slots.specs(weights)
     self._functions = spmd.functions(mesh, specs, settings.halves)
     self._cfg, self._own, self._settings, self._mesh = cfg, weights, settings, mesh
@@ -122,8 +128,13 @@ class Batches:
     self._sizes = [settings.chunk]
     while self._sizes[-1] // 2 >= _LEAST:
       self._sizes.append(self._sizes[-1] // 2)
-    self._looked = time.monotonic()
+    self.watch = Watch(settings.window, self._taken, self.balancer)
     self.reset()
+
+  @property
+  def devices(self) -> frozenset[jax.Device]:
+    """That it computes on."""
+    return frozenset(self.weights.final_norm_D.devices())
 
   @property
   def weights(self) -> Parameters:
@@ -145,11 +156,9 @@ class Batches:
     made = jax.eval_shape(lambda: cache_lib.make_paged(
         plain, 1, self.ranks * s.pages, s.page_size, 1, self.dtype))
     # On devices for good, as what comes out of a step is: otherwise the first step compiles anew.
-    device = min(self.weights.final_norm_D.devices(), key=lambda d: d.id)
-    on = lambda spec: device if self._mesh is None else jax.NamedSharding(self._mesh, spec)
-    self._layers = tuple(jnp.zeros(x.shape, x.dtype, device=on(spmd.ROWS)) for x in made.layers)
-    shape = (self._cfg.moe_layers, self._cfg.moe.experts)
-    self._load_LE = jnp.zeros(shape, device=on(jax.sharding.PartitionSpec()))
+    self._layers = tuple(jnp.zeros(x.shape, x.dtype, device=self._on(mesh_lib.BATCH))
+                         for x in made.layers)
+    self._load_LE = self._no_load()
 
   def warm(self, say: Callable[[str], Any], reads: bool = True, writes: bool = True) -> None:
     """Compiles all sizes of what is going to be called; `say` hears of each."""
@@ -166,6 +175,7 @@ class Batches:
     if self.balancer is not None:
       say("moving experts")
       self.balancer.warm()
+    self.watch.start()
 
   def read(self, jobs: Sequence[Job | None], parts: Sequence[Sequence[int]]) -> decode.New:
     """Runs the next tokens of prompts, one of each rank; draws the one after each.
@@ -194,7 +204,6 @@ class Batches:
       B *= 2
     rows = [job for of in jobs for job in (*of, *[None] * (B - len(of)))]
     drawn = self._write(rows, B, run, all(job.plain for of in jobs for job in of))
-    self.tend()
     return drawn, B
 
   def fetch(self, rank: int, pages: Sequence[int]) -> list[jax.Array]:
@@ -205,17 +214,21 @@ class Batches:
     """Puts blocks of another cache into a device's pages."""
     self._layers = handover.store(self._layers, rank, self.ranks, pages, blocks)
 
-  def tend(self) -> None:
-    """Looks at the experts' load if it is time, and lets the balancer go on."""
-    busy, now = self.balancer is not None and self.balancer.busy, time.monotonic()
-    if busy:
-      self.balancer.step()
-    elif self._settings.window and now >= self._looked + self._settings.window:
-      load_LE = np.asarray(self._load_LE, np.float64)
-      self._looked, self._load_LE = now, self._load_LE * 0
-      self.on_load(load_LE)
-      if self.balancer is not None:
-        self.balancer.rebalance(load_LE)
+  def _on(self, axes: tuple[str, ...]) -> Any:
+    """Where an array lies that is cut over axes of the mesh; the device, if there is no mesh."""
+    if self._mesh is not None:
+      return mesh_lib.cut(self._mesh, axes)
+    return min(self.devices, key=lambda d: d.id)
+
+  def _no_load(self) -> jax.Array:
+    return jnp.zeros((self._cfg.moe_layers, self._cfg.moe.experts),
+                     device=self._on(()))
+
+  def _taken(self) -> np.ndarray:
+    """The load since it was asked for last."""
+    load_LE = np.asarray(self._load_LE, np.float64)
+    self._load_LE = self._no_load()
+    return load_LE
 
   def _read(self, jobs: Sequence[Job | None], parts: Sequence[Sequence[int]], first: bool
             ) -> decode.New:

@@ -88,7 +88,6 @@ class Reader(_Side):
         job.offer = rank.offer(job)
         self.writer.post(job)
         did = True
-    self.batches.tend()
     return did
 
   def hand(self, offer: Offer, start: int) -> None:
@@ -179,6 +178,14 @@ class Disaggregated:
     if reader.batches.dtype != writer.batches.dtype:
       raise ConfigError(f"caches of {reader.batches.dtype} (reader) and {writer.batches.dtype} "
                         "(writer) must be of one type: pages are handed over as they are")
+    if reader.cfg != writer.cfg:
+      raise ConfigError("reader and writer are of different models; what one hands over is nothing "
+                        "to the other")
+    shared = reader.batches.devices & writer.batches.devices
+    if shared and len(reader.batches.devices | writer.batches.devices) > 1:
+      raise ConfigError(f"{len(shared)} devices are both the reader's and the writer's; two "
+                        "threads that exchange over the same devices wait for each other for ever: "
+                        "give each devices of its own")
     reader.writer, writer.reader = writer, reader
     self.reader, self.writer, self.cfg = reader, writer, writer.cfg
     self.settings = dataclasses.replace(
@@ -196,9 +203,9 @@ class Disaggregated:
 
   def close(self) -> None:
     """Takes no more requests; those that are there are answered."""
-    self._closed = True
-    self.reader.close()
+    self.reader.close()  # first: who sees `_closed` may rely on no request coming any more
     self.writer.close()
+    self._closed = True
 
   def wait(self, seconds: float) -> None:
     """Sleeps until the writer has something to do, `close` is called, or time is over."""
@@ -254,6 +261,7 @@ class Disaggregated:
     if self._thread is None:
       self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
       self._thread.start()
+    closed = self._closed  # before the counts, in which all that came in time then is
     if self.writer.step():
       return True
     if self._failed:
@@ -261,9 +269,15 @@ class Disaggregated:
     if any(self.counts().values()):
       self.writer.wait(_NAP)
       return True
-    if self._closed:
+    if closed:
       self._stop()
     return False
+
+  def finish(self) -> None:
+    """As `Engine.finish`, of both."""
+    self._stop()
+    self.reader.finish()
+    self.writer.finish()
 
   def abandon(self, error: str) -> None:
     """As `Engine.abandon`."""

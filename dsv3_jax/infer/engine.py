@@ -157,6 +157,10 @@ class Engine:
       self._reset()
       return True
 
+  def finish(self) -> None:
+    """Says what is left to say, where nothing is under way and `step` is called no more."""
+    self.batches.watch.finish()
+
   def abandon(self, error: str) -> None:
     """Takes no more requests, and ends all there are with this error: where `step` cannot go on."""
     self.close()
@@ -195,7 +199,7 @@ class Engine:
     did = self._read()
     did = self._write() or did
     self.totals["steps"] += did
-    return did
+    return self.batches.watch.step() or did
 
   def _hear(self) -> None:
     """Takes what has come."""
@@ -333,11 +337,15 @@ class Engine:
     self._ranks[job.rank].leave(job)
 
   def _end(self, job: Job, finish: str, error: str = "", tokens: tuple[Token, ...] = ()) -> None:
+    if job.finish:
+      return
     job.finish, job.ended = finish, time.monotonic()
     self.totals[finish] += 1
     self._say(job, Event(tokens, finish, error))
 
   def _say(self, job: Job, event: Event) -> None:
+    if job.finish and not event.finish:
+      return  # it was abandoned while this came about
     try:
       job.on_event(event)
     except Exception:  # the listener's fault is not the others'

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.parallel import mesh as mesh_lib
 
@@ -128,5 +128,5 @@ def _sent(there, axes, tree):
 
 def put(x: np.ndarray, mesh: jax.sharding.Mesh, cut: bool = False) -> jax.Array:
   """A small array on all devices, the whole of it, or cut like experts."""
-  spec = PartitionSpec(mesh_lib.EXPERTS) if cut else PartitionSpec()
-  return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
+  where = mesh_lib.cut(mesh, mesh_lib.EXPERTS if cut else ())
+  return jax.make_array_from_callback(x.shape, where, x.__getitem__)

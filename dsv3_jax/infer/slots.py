@@ -143,7 +143,8 @@ def place(weights: Parameters, expert_LI: np.ndarray, mesh: jax.sharding.Mesh) -
   """
   per_device(expert_LI.shape[1], mesh)
   made = in_slots(weights, expert_LI, _Ordered)
-  return jax.tree.map(lambda x, spec: _put(x, NamedSharding(mesh, spec)), made, specs(made))
+  return jax.tree.map(lambda x, spec: _put(x, mesh_lib.cut(mesh, spec[0] if spec else ())), made,
+                      specs(made))
 
 
 class _Ordered:

@@ -50,3 +50,13 @@ def make_mesh(sizes: config.Mesh, devices: list[jax.Device] | None = None) -> ja
 def several(mesh: jax.sharding.Mesh | None, axes: tuple[str, ...]) -> tuple[str, ...]:
   """Those of `axes` that have more than one device; none of no mesh."""
   return () if mesh is None else tuple(a for a in axes if mesh.shape[a] > 1)
+
+
+def cut(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> jax.sharding.NamedSharding:
+  """Leading axes over `axes`, written as jit writes what it returns: without those of one device.
+
+  Equal shardings that are written otherwise are looked up as other arguments.
+  """
+  found = several(mesh, axes)
+  spec = jax.sharding.PartitionSpec(*[found[0] if len(found) == 1 else found] * bool(found))
+  return jax.sharding.NamedSharding(mesh, spec)

@@ -1,10 +1,12 @@
 """Several devices for a server: the mesh, experts in slots, and a record of their load."""
 
+import contextlib
 import json
 import logging
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,17 @@ def check(sizes: config.Mesh | None, apart: bool) -> None:
         f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}")
 
 
+@contextlib.contextmanager
+def beside(sizes: config.Mesh | None) -> Iterator[None]:
+  """Arrays go to the host's memory meanwhile: a model that is cut over devices fits none of them.
+
+  Args:
+    sizes: of the mesh; None: nothing changes.
+  """
+  with jax.default_device(jax.devices("cpu")[0]) if sizes else contextlib.nullcontext():
+    yield
+
+
 def make_engine(apart: bool, record: str | None, cfg: config.Model, sizes: config.Mesh | None,
                 redundant: int, load_LE: np.ndarray | None, weights: Parameters,
                 runtime: config.Runtime, **how: Any) -> Engine | Disaggregated:
@@ -90,19 +103,18 @@ def make_engine(apart: bool, record: str | None, cfg: config.Model, sizes: confi
     ConfigError: see `spread` and `Engine`.
     OSError: the folder cannot be written to.
   """
-  first = spread(weights, cfg, runtime, sizes, redundant, load_LE)
-  if not apart:
-    engine = Engine(cfg, **how, **first)
+  def make(kind: type[Engine], name: str, after: int = 0) -> Engine:
+    made = kind(cfg, **how, **spread(weights, cfg, runtime, sizes, redundant, load_LE, after))
     if record:
-      engine.batches.on_load = Recorder(record)
-    return engine
-  after = sizes.devices if sizes else 1
-  second = spread(weights, cfg, runtime, sizes, redundant, load_LE, after)
-  reader, writer = Reader(cfg, **how, **second), Writer(cfg, **how, **first)
-  if record:
-    reader.batches.on_load = Recorder(Path(record) / "prefill")
-    writer.batches.on_load = Recorder(Path(record) / "decode")
-  return Disaggregated(reader, writer)
+      made.batches.watch.on_load = Recorder(Path(record) / name)
+    if load_LE is not None and made.balancer is not None:
+      made.balancer.remember(load_LE)
+    return made
+
+  if not apart:
+    return make(Engine, "")
+  writer = make(Writer, "decode")
+  return Disaggregated(make(Reader, "prefill", sizes.devices if sizes else 1), writer)
 
 
 class Recorder:
@@ -117,15 +129,15 @@ class Recorder:
 
   def __init__(self, folder: str | Path):
     Path(folder).mkdir(parents=True, exist_ok=True)
-    self._path = Path(folder) / RECORD
+    self._path, self._last = Path(folder) / RECORD, 0
     self._append("")
 
   def __call__(self, load_LE: np.ndarray) -> None:
     """Takes a window; nobody was served in it: no line. A full disk is said and costs the line."""
     if not load_LE.any():
       return
-    line = json.dumps({"kind": "load", "step": int(time.time()),
-                       "load_LE": load_LE.astype(int).tolist()})
+    self._last = max(self._last + 1, int(time.time()))  # of equal steps a reader takes the last
+    line = json.dumps({"kind": "load", "step": self._last, "load_LE": load_LE.astype(int).tolist()})
     try:
       self._append(line + "\n")
     except OSError as error:

@@ -53,6 +53,7 @@ class Worker:
             left = {name: n for name, n in self.engine.counts().items() if n}
             if left:  # nothing is under way, so nobody would ever give this back
               _log.error("%s %s", LEFT, left)
+            self.engine.finish()
             return
           self.engine.wait(_NAP)
     except BaseException:

@@ -389,7 +389,8 @@ def _load_part(folder: str, part: str) -> dict[str, Any]:
   """
   if part not in os.listdir(folder):
     return {}
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  device = jax.sharding.SingleDeviceSharding(
+      jax.config.jax_default_device or jax.local_devices()[0])
   metadata = ocp.checkpointables_metadata(folder).metadata[part]
   abstract = {k: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device)
               for k, m in metadata.items()}

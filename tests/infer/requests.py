@@ -9,6 +9,7 @@ from dsv3_jax.infer.engine import Settings
 from dsv3_jax.infer.generate import Generator
 from dsv3_jax.infer.request import Request
 from dsv3_jax.infer.sampler import Sampling
+from dsv3_jax.infer.watch import Watch
 from tests.model import small
 
 CFG = config.replace(small.BASE, layers=2)
@@ -79,6 +80,8 @@ class Three:
   def __init__(self, *args):
     self._each = [Batches(*args) for _ in range(3)]
     self.dtype, self.table = self._each[0].dtype, self._each[0].table
+    self.devices, self.balancer = self._each[0].devices, None
+    self.watch = Watch(0.0, lambda: None, None)
 
   def reset(self):
     for one in self._each:
@@ -95,8 +98,6 @@ class Three:
     rows = max(map(len, jobs))
     return self._joined(new, rows), rows
 
-  def tend(self):
-    pass
 
   def fetch(self, rank, pages):
     return self._each[rank].fetch(0, pages)

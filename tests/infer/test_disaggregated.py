@@ -274,6 +274,28 @@ def test_a_server_over_it(made, generator):
     ask(made, Request((1,), 2))
 
 
+def test_a_request_just_before_the_end(made, monkeypatch):
+  """Law: what comes between the writer's look at what there is and the close is answered, and then
+  both threads end."""
+  late, look = [], made.counts
+
+  def counts():
+    found = look()
+    if not late:
+      late.extend(ask(made, Request((1, 2, 3), 4)))
+      made.close()
+    return found
+
+  monkeypatch.setattr(made, "counts", counts)
+  worker = Worker(made, patience=30.0)
+  worker.start()
+  while not late:
+    time.sleep(0.01)
+  worker.stop()
+  assert not worker.alive and late[0].finish == "length" and len(written(late[1])) == 4
+  assert not any(look().values())
+
+
 def test_a_dead_reader(made, monkeypatch):
   """Law: where the reader cannot go on nothing does: all end with an error."""
   def dies():

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
-from dsv3_jax.infer import balance, migrate, placement, slots
+from dsv3_jax.infer import balance, migrate, placement, slots, watch
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.request import Request
 from dsv3_jax.parallel import mesh as mesh_lib
@@ -100,7 +100,7 @@ def serve(generator, sizes, mesh, requests, **changes):
                 dataclasses.replace(SETTINGS, running=2, window=1e-9, **changes), runtime,
                 mesh=mesh, expert_LI=expert_LI)
   loads = []
-  made.batches.on_load = loads.append
+  made.batches.watch.on_load = loads.append
   events = [ask(made, r)[1] for r in requests]
   finish(made)
   loads.append(np.asarray(made.batches._load_LE))
@@ -151,6 +151,61 @@ def test_balancer(generator):
   assert made.imbalance == placement.imbalance(load_LE, made.expert_LI, 4).mean() < before
 
 
+@pytest.mark.parametrize("broken", ["begin", "exchange"])
+def test_a_move_that_fails(generator, monkeypatch, broken):
+  """Law: it costs no request and no expert: all goes on where it was; the next rebalancing moves.
+  Nothing is compiled while serving, whatever moves."""
+  sizes, mesh = devices(gpu=4)
+  expert_LI = balance.first(CFG, mesh, 4)
+  made = Engine(CFG, slots.place(generator.weights, expert_LI, mesh),
+                dataclasses.replace(SETTINGS, running=1, window=1e-9),
+                config.replace(generator.runtime, mesh=sizes), mesh=mesh, expert_LI=expert_LI)
+  made.warm()
+  compiled = [f._cache_size() for f in made.batches._functions] + [migrate.exchange._cache_size()]
+  rng = np.random.default_rng(4)
+  requests = [Request(tuple(rng.integers(0, V, 6).tolist()), 12) for _ in range(9)]
+
+  def fail(*args, **kwargs):
+    raise RuntimeError("no memory")
+
+  whole = getattr(migrate, broken)
+  monkeypatch.setattr(migrate, broken, fail)
+  events = [ask(made, r)[1] for r in requests[:6]]
+  finish(made)
+  assert (made.balancer.expert_LI == expert_LI).all() and not made.balancer.totals["moved"]
+  monkeypatch.setattr(migrate, broken, whole)
+  events += [ask(made, r)[1] for r in requests[6:]]
+  finish(made)
+  made.finish()
+  assert made.balancer.totals["moved"]
+  alone = generator([r.prompt for r in requests], 12)
+  assert [written(e) for e in events] == [a.tokens for a in alone]
+  assert compiled == [f._cache_size() for f in made.batches._functions] + [
+      migrate.exchange._cache_size()]
+
+
+def test_watch(caplog):
+  """Law: whoever listens hears of each window, also of the last; a placement follows enough tokens;
+  a listener that fails is only logged."""
+  class Balancer:
+    busy, seen, closed = False, [], False
+    rebalance = seen.append
+
+    def close(self):
+      self.closed = True
+
+  loads = iter(np.full((2, 4), n) for n in (1.0, 1.0, 5.0, 9.0, 2.0))
+  balancer, heard = Balancer(), []
+  made = watch.Watch(1e-9, lambda: next(loads), balancer)
+  made.on_load = lambda load_LE: heard.append(load_LE.mean())
+  for _ in range(4):
+    made.step()
+  made.on_load = lambda load_LE: 1 / 0
+  made.finish()
+  assert heard == [1, 1, 5, 9] and [x.mean() for x in balancer.seen] == [7, 9] and balancer.closed
+  assert "the load of a window is lost" in caplog.text
+
+
 def test_first_placement_follows_a_recorded_load():
   """Oracle: the busiest expert is on every device; what does not fit is refused by name."""
   _, mesh = devices(gpu=4)
@@ -160,6 +215,8 @@ def test_first_placement_follows_a_recorded_load():
   assert (expert_LI.reshape(CFG.moe_layers, 4, 3) == 5).any(2).all()
   with pytest.raises(ConfigError, match="9 slots cannot be cut over 4 devices.* such as 12"):
     balance.first(CFG, mesh, 1)
+  with pytest.raises(ConfigError, match="a mesh cuts experts, and this model has none"):
+    balance.first(config.replace(CFG, dense_layers=2), mesh, 0)
   with pytest.raises(ConfigError, match="the load is of 1 layers with 3 experts; the model has"):
     balance.first(CFG, mesh, 0, np.ones((1, 3)))
 
