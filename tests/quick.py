@@ -25,13 +25,3 @@ def options():
 
 def jit(f, **kwargs):
   return jax.jit(f, compiler_options=options(), **kwargs)
-
-
-def generation(patch):
-  """Lets `infer.decode` compile its functions like this, for a `pytest.MonkeyPatch`."""
-  from dsv3_jax.infer import decode, spmd
-
-  for name, static, donated in (("prefill", "fresh", "cache"), ("run", "most", "state")):
-    patch.setattr(decode, name, jit(getattr(decode, name).__wrapped__, donate_argnames=(donated,),
-                                    static_argnames=(*decode.STATIC, static)))
-  patch.setattr(spmd, "jit", lambda f, mesh, planned, **kwargs: jit(f, **kwargs))

@@ -10,15 +10,7 @@ from dsv3_jax import cli
 from dsv3_jax.cli import generate
 from dsv3_jax.data import tokenizer as tokenizer_lib
 from dsv3_jax.infer.generate import Completion
-from tests import quick, saved_run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    yield
+from tests import saved_run
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,10 @@ from flax import nnx
 from dsv3_jax.config import ConfigError
 from dsv3_jax.infer import score
 from dsv3_jax.train import checkpoint, state
-from tests import quick, saved_run
+from tests import saved_run
 from tests.quick import jit
 
 TEXT = "def main(argv):\n  print(argv)\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    patch.setattr(score, "_score", jit(score._score.__wrapped__,
-                                       static_argnames=("cfg", "runtime")))
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -12,25 +12,14 @@ from flax import nnx
 from dsv3_jax import cli, trained
 from dsv3_jax.config import ConfigError
 from dsv3_jax.evals import choice, generation, needle, tasks, text
-from dsv3_jax.infer import score
 from dsv3_jax.infer.generate import Generator
 from dsv3_jax.infer.sampler import Sampling
 from dsv3_jax.train import checkpoint, state
-from tests import quick, saved_run
+from tests import saved_run
 from tests.quick import jit
 
 EXAMPLES = Path(__file__).parents[2] / "experiments" / "tasks" / "small.jsonl"
 WINDOW, ROWS, LONGEST = 96, 8, 128
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    patch.setattr(score, "_score", jit(score._score.__wrapped__,
-                                       static_argnames=("cfg", "runtime")))
-    yield
 
 
 @pytest.fixture(scope="module")

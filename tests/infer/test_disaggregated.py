@@ -16,7 +16,6 @@ from dsv3_jax.infer.disaggregated import Disaggregated, Reader, Writer
 from dsv3_jax.infer.engine import Closed
 from dsv3_jax.infer.request import Request
 from dsv3_jax.serve.worker import Worker
-from tests import quick
 from tests.infer.requests import (
     CFG,
     SETTINGS,
@@ -29,14 +28,6 @@ from tests.infer.requests import (
     written,
 )
 from tests.model import small
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from dsv3_jax.infer import engine as engine_lib
 from dsv3_jax.infer.engine import Closed, Engine, Full
 from dsv3_jax.infer.request import Request
 from dsv3_jax.infer.sampler import Sampling
-from tests import quick
 from tests.infer.requests import (
     CFG,
     SETTINGS,
@@ -25,14 +24,6 @@ from tests.infer.requests import (
     written,
 )
 from tests.model import small
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,6 @@ def test_greedy_equals_rollout(monkeypatch):
   where it leads by more than the recipe's rounding. And a law: what a run of steps needs besides
   weights and cache is less than a third of the weights in fp32; dequantized before the loop or all
   at a step's begin, they would be there whole."""
-  quick.generation(monkeypatch)
   monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick.options()))
   (_, params, buffers), _ = model()
   generator, needed, run = Generator(CFG, params, buffers, FP8), [], decode.run
@@ -188,9 +187,8 @@ def test_greedy_equals_rollout(monkeypatch):
   assert max(needed) < 4 / 3 * sum(x.size for x in jax.tree.leaves(generator.weights.layers))
 
 
-def test_engine(monkeypatch):
+def test_engine():
   """Oracle: the argmax of full forward passes, activations left alone."""
-  quick.generation(monkeypatch)
   made, written = Engine(CFG, model()[1], Settings(8, 8, 32, 2, 8, run=8), ALONE), []
   for prompt in PROMPTS[:2]:
     written.append([])

@@ -9,7 +9,6 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.infer.generate import Generator, rounded
 from dsv3_jax.infer.sampler import Sampling
 from dsv3_jax.interop import huggingface
-from tests import quick
 from tests.model import small
 from tests.quick import jit
 
@@ -22,14 +21,6 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def model():
   return small.build(CFG, seed=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,9 @@ from dsv3_jax.infer import balance, migrate, placement, slots, watch
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.request import Request
 from dsv3_jax.parallel import mesh as mesh_lib
-from tests import quick
 from tests.infer.requests import CFG, SETTINGS, V, ask, finish, make_generator, written
 
 E, A = CFG.moe.experts, CFG.moe.active
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    yield
 
 
 @pytest.fixture(scope="module")

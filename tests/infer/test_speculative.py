@@ -12,7 +12,6 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.infer import cache as cache_lib
 from dsv3_jax.infer import draft, forward, generate, parameters, sampler, verify
 from dsv3_jax.infer.sampler import Sampling
-from tests import quick
 from tests.model import small
 from tests.oracles import deepseek_v3 as oracle
 from tests.oracles.tolerance import assert_close
@@ -20,14 +19,6 @@ from tests.quick import jit
 
 V = 5  # few tokens: drafts are often right
 CFG = config.replace(small.BASE, vocab_size=V, layers=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    yield
 
 
 def built(depth, **changes):

@@ -22,20 +22,11 @@ from dsv3_jax.infer.generate import Generator
 from dsv3_jax.model.routing import RouterBias
 from dsv3_jax.serve import app, guard
 from dsv3_jax.serve.worker import Worker
-from tests import quick
 from tests.model import small
 
 CFG = config.replace(small.BASE, vocab_size=330, layers=2)  # ids from 320 on are padding
 LIMITS = guard.Limits(body=4096)
 SETTINGS = Settings(pages=64, page_size=16, longest=512, running=4, chunk=32, run=2, queue=6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """The compiled functions, compiled without optimisation."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick.generation(patch)
-    yield
 
 
 @pytest.fixture(scope="module")
