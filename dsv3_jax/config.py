@@ -596,6 +596,19 @@ class GRPO:
 
 
 @dataclasses.dataclass(frozen=True)
+class Exam:
+  """Generated problems that a finished run's model answers, held out from all training."""
+
+  problems: tuple[str, ...] = ()  # FAMILY:LEVEL:COUNT, of the test split
+  new_tokens: int = 64  # most tokens of an answer
+  temperature: float = 0.0  # 0: greedy
+
+  def __post_init__(self):
+    _positive("exam", self, "new_tokens")
+    _not_negative("exam", self, "temperature")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A whole run. Cross-section checks live here."""
 
@@ -607,6 +620,7 @@ class Config:
   train: Train = Train()
   sft: SFT = SFT()
   grpo: GRPO = GRPO()
+  exam: Exam = Exam()
   kind: str = "pretrain"  # what it does: pretrain, sft or grpo
 
   def __post_init__(self):

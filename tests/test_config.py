@@ -63,14 +63,14 @@ def test_every_leaf_survives_json():
 @pytest.mark.parametrize("path", config_lib._leaves(Config))
 def test_misspelt_leaf_names_the_nearest(path):
   """Oracle: the key itself, with a letter doubled or a short name suffixed, is proposed back."""
-  section, _, name = path.rpartition(".")
-  wrong = f"{section}.{name}{name[-1]}"
+  *sections, name = path.split(".")
+  wrong = path + name[-1]
   with pytest.raises(ConfigError) as error:
     config_lib.field_type(wrong)
   assert repr(wrong) in str(error.value)
   assert f"did you mean {path!r}" in str(error.value)
   values: dict = {name + name[-1]: 1}
-  for part in reversed(section.split(".")):
+  for part in reversed(sections):
     values = {part: values}
   with pytest.raises(ConfigError) as error:
     from_dict(values)

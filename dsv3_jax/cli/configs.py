@@ -91,6 +91,46 @@ def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
   return sweep_arm.make(str(path), arg, inspect.getdoc(module) or "", arms)
 
 
+def load_stages(spec: str, overrides: Sequence[tuple[str, str]], workdir: Path
+                ) -> list[tuple[str, str, Config]]:
+  """Name, folder and Config of each stage that an experiment file's `stages(arg)` yields; none of a
+  file without it.
+
+  A stage is a dictionary of dotted keys and values that change `get_config(arg)`; the key "stage"
+  names it. Each but the first begins with the parameters of the one before.
+
+  Args:
+    spec: as of `load_config`.
+    overrides: for every stage, before its own changes.
+    workdir: of all of them.
+
+  Raises:
+    ConfigError: as `load_config`; a stage without a name, or two of one.
+  """
+  path, arg = split_spec(spec)
+  module = None if path.suffix == ".json" else _module(path)
+  if not hasattr(module, "stages"):
+    return []
+  base = _call(module, path, "get_config", arg)
+  common = [(key, parse_value(key, text)) for key, text in overrides]
+  found: list[tuple[str, str, Config]] = []
+  for i, changes in enumerate(_call(module, path, "stages", arg)):
+    name = changes.get("stage") if isinstance(changes, dict) else None
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+      raise ConfigError(f"--config={path}: stage {i} must be a dictionary with a name, such as "
+                        '{"stage": "sft", ...}')
+    if name in (other for other, _, _ in found):
+      raise ConfigError(f"--config={path}: two stages are called {name!r}")
+    made = [(key, value) for key, value in changes.items() if key != "stage"]
+    before = [("train.init", found[-1][1])] if found else []
+    try:
+      config = _checked(base, path, [*common, *before, *made])
+    except ConfigError as error:
+      raise ConfigError(f"--config={path}, stage {name!r}: {error}") from error
+    found.append((name, str(workdir / f"{i + 1}-{name}"), config))
+  return found
+
+
 def _checked(returned: Any, path: Path, changes: Sequence[tuple[str, Any]]) -> Config:
   """What an experiment returned, with changes, through a locked ConfigDict to a Config."""
   from ml_collections import config_dict  # here, so that --help does not wait for it

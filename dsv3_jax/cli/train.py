@@ -2,15 +2,19 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from dsv3_jax import config as config_lib
-from dsv3_jax.cli.configs import default_workdir, load_config
+from dsv3_jax.cli.configs import default_workdir, load_config, load_stages
 
 SUMMARY = "train a model, or go on with a run"
 DESCRIPTION = (
     "Train the model of an experiment file. Where the workdir holds a checkpoint of the same\n"
     "config, training goes on from it. Ctrl-C (or SIGTERM) saves before leaving; the same\n"
     "command resumes. At the end report.md and report.html are in the workdir.\n\n"
+    "An experiment with stages(arg) is several runs in a row, each in a folder of the workdir and\n"
+    "beginning with the one before: pretraining, fine-tuning, GRPO. Where exam.problems are named\n"
+    "each model answers them, and stages.md compares.\n\n"
     "--config.train.profile_from=N captures train.profile_steps steps from step N on with\n"
     "jax.profiler into WORKDIR/profile. TensorBoard's files are in WORKDIR/tensorboard; where\n"
     "WANDB_PROJECT is set and wandb is installed, the same numbers go to Weights & Biases.")
@@ -56,20 +60,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Runs the command."""
-  config = load_config(args.config, args.overrides)
+  workdir = Path(args.workdir) if args.workdir else default_workdir(args.config)
+  stages = load_stages(args.config, args.overrides, workdir)
+  config = stages[-1][2] if stages else load_config(args.config, args.overrides)
   if args.print_config:
     print(config_lib.to_json(config))
     return 0
-  workdir = Path(args.workdir) if args.workdir else default_workdir(args.config)
   from dsv3_jax import files  # jax starts here
   from dsv3_jax.analysis import report
+  from dsv3_jax.posttrain import chain
   from dsv3_jax.posttrain import run as kinds
   from dsv3_jax.train import launch
 
   found = launch.find(args.coordinator, args.processes, args.process, patience=args.patience,
                       start_timeout=args.start_timeout)
-  result = kinds.run(config, str(workdir), **({"launch": found} if found else {}))
-  if result.first:
-    files.write_atomic(workdir / "command.txt", args.command_line + "\n")
-    print(f"report: {report.write(workdir)}")
+
+  def one(config: config_lib.Config, folder: str) -> Any:
+    result = kinds.run(config, folder, **({"launch": found} if found else {}))
+    if result.first:
+      files.write_atomic(Path(folder) / "command.txt", args.command_line + "\n")
+      print(f"report: {report.write(Path(folder))}")
+    return result
+
+  if not stages:
+    return one(config, str(workdir)).exit_code
+  made = [chain.Stage(*stage) for stage in stages]
+  result = chain.run(made, one)
+  if result.first and result.finished:
+    print(chain.report(made, workdir))
   return result.exit_code

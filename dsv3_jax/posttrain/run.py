@@ -13,7 +13,7 @@ import numpy as np
 from dsv3_jax import config, files, train
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.posttrain import messages, tasks
+from dsv3_jax.posttrain import exam, messages, tasks
 from dsv3_jax.posttrain.problems import Problem
 from dsv3_jax.posttrain.samples import Samples
 from dsv3_jax.posttrain.tasks import records
@@ -27,6 +27,14 @@ def run(cfg: config.Config, workdir: str, **how: Any) -> train.RunResult:
     ConfigError: files that cannot be read, problems that do not exist, a tokenizer that is not the
       workdir's.
   """
+  exam.check(cfg.exam)
+  result = _run(cfg, workdir, how)
+  if result.finished and result.first and cfg.exam.problems:
+    exam.take(cfg.exam, workdir, cfg.data.seed)
+  return result
+
+
+def _run(cfg: config.Config, workdir: str, how: dict[str, Any]) -> train.RunResult:
   if cfg.kind == "pretrain":
     return train.run(cfg, workdir, **how)
   cfg = begin.with_tokenizer(cfg)
@@ -57,7 +65,7 @@ def conversations(cfg: config.Config, tokenizer: Tokenizer) -> Samples:
   found: list[messages.Conversation] = []
   for path in _paths(cfg.sft.files, "sft.files"):
     found += messages.read(path)
-  generated = _generated(cfg.sft.problems, cfg.data.seed, "sft.problems")
+  generated = tasks.named(cfg.sft.problems, cfg.data.seed, "sft.problems")
   found += messages.from_problems(generated, cfg.sft.style)
   encoded = messages.encode_all(found, tokenizer, cfg.data.sequence_length + 1)
   held, kept = [], []
@@ -73,17 +81,7 @@ def conversations(cfg: config.Config, tokenizer: Tokenizer) -> Samples:
 def asked(cfg: config.GRPO, seed: int) -> list[Problem]:
   """The problems that `cfg` names; errors as of `records.read` and `tasks.make`."""
   found = [p for path in _paths(cfg.files, "grpo.files") for p in records.read(path)]
-  return found + _generated(cfg.problems, seed, "grpo.problems")
-
-
-def _generated(named: Sequence[str], seed: int, key: str, split: str = "train") -> list[Problem]:
-  found = []
-  for text in named:
-    family, *rest = text.split(":")
-    if len(rest) != 2 or not all(x.isdecimal() for x in rest):
-      raise ConfigError(f"{key}: {text!r} must be FAMILY:LEVEL:COUNT, such as add:0:1000")
-    found += tasks.make(family, int(rest[0]), int(rest[1]), seed, split)
-  return found
+  return found + tasks.named(cfg.problems, seed, "grpo.problems")
 
 
 def _paths(named: Sequence[str], key: str) -> list[Path]:

@@ -18,7 +18,7 @@ from dsv3_jax.train import processes
 FREE = ("runtime", "data.workers", "data.prefetch", "train.log_every", "train.eval_every",
         "train.eval_batches", "train.checkpoint_every", "train.keep_last", "train.keep_best",
         "train.max_bad_steps", "train.profile_from", "train.profile_steps",
-        "train.sample_tokens")
+        "train.sample_tokens", "exam")
 _SHARED_WITHIN = 30.0  # seconds until a network file system shows what another host wrote
 # Keys that decide which tokenizer a run trains.
 _TOKENIZER = ("data.", "model.vocab_size")

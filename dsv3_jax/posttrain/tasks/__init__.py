@@ -17,6 +17,6 @@ and test share no problem by construction; statements.py says how. Needs no jax.
 """
 
 from dsv3_jax.posttrain.tasks.records import read, write
-from dsv3_jax.posttrain.tasks.sets import count, describe, families, family, make, mixture
+from dsv3_jax.posttrain.tasks.sets import count, describe, families, family, make, mixture, named
 
-__all__ = ["count", "describe", "families", "family", "make", "mixture", "read", "write"]
+__all__ = ["count", "describe", "families", "family", "make", "mixture", "named", "read", "write"]

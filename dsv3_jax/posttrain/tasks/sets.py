@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.posttrain.problems import Problem
@@ -58,6 +58,26 @@ def make(name: str, level: int, count: int, seed: int, split: str = "train") -> 
     raise ConfigError(
         f"{count:,} problems of {name}:{level} ({own.levels[level]}), but its {split} split has "
         f"{len(found):,}; ask for at most as many, or mix in another level")
+  return found
+
+
+def named(texts: Sequence[str], seed: int, key: str, split: str = "train") -> list[Problem]:
+  """Problems of several `FAMILY:LEVEL:COUNT`, one after another.
+
+  Args:
+    texts: of them.
+    seed, split: as of `make`.
+    key: of the config, for messages.
+
+  Raises:
+    ConfigError: a text of another form, or as of `make`.
+  """
+  found = []
+  for text in texts:
+    name, *rest = text.split(":")
+    if len(rest) != 2 or not all(x.isdecimal() for x in rest):
+      raise ConfigError(f"{key}: {text!r} must be FAMILY:LEVEL:COUNT, such as add:0:1000")
+    found += make(name, int(rest[0]), int(rest[1]), seed, split)
   return found
 
 
