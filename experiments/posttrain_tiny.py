@@ -6,8 +6,8 @@ on additions, judged by the boxed answer. After each stage the model answers hel
 Run:      dsv3 train --config=experiments/posttrain_tiny.py
 Arg:      shuffled   the control: GRPO with the rewards of each rollout in random order
 Cost:     14 minutes on 2 CPU cores: pretraining 4, fine-tuning 3, GRPO 6
-Expected: runs/posttrain_tiny/stages.md has the held-out problems solved: of two-digit additions about
-          half after fine-tuning. GRPO does not add to that yet: LOG.md has what was tried.
+Expected: runs/posttrain_tiny/stages.md has what is solved of held-out problems: two-digit additions
+          about half after fine-tuning. GRPO does not add to that yet: see LOG.md.
 """
 
 from collections.abc import Iterator
