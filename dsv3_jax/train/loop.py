@@ -108,7 +108,9 @@ class _Trainer:
   """What the loop holds while it runs; its methods are the loop's parts."""
 
   def __init__(self, cfg: config_lib.Config, workdir: Workdir, corpus: Any,
-               ui: metrics_lib.Silent, group: processes.Alone, loss_fn: Callable):
+               ui: metrics_lib.Silent, group: processes.Alone, loss_fn: Callable,
+               eval_fn: Callable = loss_lib.loss_fn):
+    self.of_text = eval_fn is loss_lib.loss_fn
     self.cfg, self.workdir, self.corpus, self.ui, self.group = cfg, workdir, corpus, ui, group
     train = cfg.train
     self.began = time.monotonic()
@@ -129,7 +131,7 @@ class _Trainer:
         lambda: state_lib.build_model(cfg.model, train.seed), optimizer, self.mesh, cfg.runtime)
     self.train_step = step_lib.make_train_step(self.graphdef, cfg, optimizer, self.mesh,
                                                loss_fn)
-    self.sums = evaluate_lib.make_evaluate(self.graphdef, cfg, self.mesh)
+    self.sums = evaluate_lib.make_evaluate(self.graphdef, cfg, self.mesh, eval_fn)
     # Rows of a micro-batch that this process's devices hold; ranks of a pipeline hold the same.
     self.held = hosts.rows(self._batch_sharding, (1, self.rows, 1), 1)
     self.batches = corpus.train_iterator(self.schedule, self.held)
@@ -281,8 +283,11 @@ class _Trainer:
   def validate(self, params: Any) -> dict[str, Any]:
     """Validation numbers of some parameters."""
     params = evaluate_lib.collected(params, self.mesh, self.cfg.runtime)  # once for all batches
-    return evaluate_lib.evaluate(self.sums, params, self.state.buffers, self.validation,
-                                 self.validation_bytes)
+    found = evaluate_lib.evaluate(self.sums, params, self.state.buffers, self.validation,
+                                  self.validation_bytes)
+    if not self.of_text:
+      del found["bits_per_byte"]
+    return found
 
   def evaluate(self) -> None:
     """Validates the current parameters and writes the lines."""
@@ -291,8 +296,9 @@ class _Trainer:
     where = {"step": self.step, "tokens": self.schedule.tokens_before(self.step)}
     self.last_eval = self.metrics.write({"kind": "eval", **where, **found})
     self.metrics.write({"kind": "load", **where, "load_LE": metrics_lib.load_of(counts_LE)})
-    self.ui.note(f"step {self.step:,}: validation loss {found['loss']:.4f}, "
-                 f"{found['bits_per_byte']:.3f} bits per byte")
+    self.ui.note(f"step {self.step:,}: validation loss {found['loss']:.4f}, " +
+                 (f"{found['bits_per_byte']:.3f} bits per byte" if self.of_text
+                  else f"accuracy {found['accuracy']:.3f}"))
 
   def measure(self) -> None:
     """Writes statistics of the linear layers' FP8 numerics on the last step's first micro-batch."""
@@ -408,19 +414,20 @@ class _Trainer:
       found = self.last_eval or {}
       if found.get("step") != self.step:
         found = self.validate(self.state.params)
-      final |= {k: found[k] for k in ("loss", "mtp_loss", "bits_per_byte", "accuracy", "max_vio")}
+      final |= {k: found[k] for k in ("loss", "mtp_loss", "bits_per_byte", "accuracy", "max_vio")
+                if k in found}
       if self.ema is not None:
         average, updates = self.ema.result().result()
         if updates:
           averaged = self.validate(hosts.join(average, self.state.params))
-          final |= {"ema_loss": averaged["loss"], "ema_bits_per_byte": averaged["bits_per_byte"]}
+          final |= {f"ema_{k}": averaged[k] for k in ("loss", "bits_per_byte") if k in averaged}
       model = (hosts.whole((self.state.params, self.state.buffers), self.mesh)
                if cfg.train.sample_tokens and self.fits_one_device else None)
       if not self.group.first:
         return {}
       # As much text as the validation batches hold, so that all numbers are of the same text.
       text = self.corpus.validation_text(self.validation_bytes)
-      baselines = self._baselines(text)
+      baselines = self._baselines(text) if self.of_text else {}
       if model is not None:
         samples = self._samples(text, *model)
     if not self.group.first:
@@ -507,7 +514,7 @@ def _preparing(ui: metrics_lib.Silent) -> Callable[[str, int, int], None]:
 
 def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | None = None,
         corpus: Any = None, launch: launch_lib.Launch | None = None,
-        loss_fn: Callable = loss_lib.loss_fn) -> RunResult:
+        loss_fn: Callable = loss_lib.loss_fn, eval_fn: Callable = loss_lib.loss_fn) -> RunResult:
   """Trains until `config.train.tokens`, going on from what the workdir holds.
 
   Args:
@@ -519,7 +526,9 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
     launch: of `launch.find`, where the other processes are; this one is alone where None, unless
       jax.distributed is initialized already.
     loss_fn: of the training step, as `loss.loss_fn`; its metrics may have "more", a dictionary of
-      additive fp32 scalars for the step's line. Validation is of `loss.loss_fn` always.
+      additive fp32 scalars for the step's line.
+    eval_fn: of validation, in its form; another than `loss.loss_fn` counts something else than
+      text, so that there are no bits per byte and no baselines.
 
   Returns:
     How it ended, the same in all processes. An interrupted run (SIGINT, SIGTERM) has saved a
@@ -538,7 +547,8 @@ def run(config: config_lib.Config, workdir: str, *, ui: metrics_lib.Silent | Non
   with launch_lib.join(launch) as group:
     ui = ui or (metrics_lib.terminal() if group.first else metrics_lib.Silent())
     try:
-      return _run(begin_lib.with_tokenizer(config), workdir, ui, corpus, group, loss_fn)
+      return _run(begin_lib.with_tokenizer(config), workdir, ui, corpus, group, loss_fn,
+                  eval_fn)
     finally:
       ui.close()
 
@@ -559,7 +569,7 @@ def _check_devices(config: config_lib.Config) -> None:
 
 
 def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus: Any,
-         group: processes.Alone, loss_fn: Callable) -> RunResult:
+         group: processes.Alone, loss_fn: Callable, eval_fn: Callable) -> RunResult:
   trainer = None
   try:
     with Workdir(workdir, config, group) as folder, warnings.catch_warnings():
@@ -569,7 +579,7 @@ def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus
       if corpus is None:
         corpus = _prepared(config, folder.path, ui, group)
         ui.note(corpus.describe())
-      trainer = _Trainer(config, folder, corpus, ui, group, loss_fn)
+      trainer = _Trainer(config, folder, corpus, ui, group, loss_fn, eval_fn)
       ui.note(f"{counts_lib.parameters(config.model)['main'] / 1e6:,.1f} million parameters, "
               f"{trainer.schedule.total_steps:,} steps of {config.data.batch_size} x "
               f"{config.data.sequence_length} tokens, {_device()}")
