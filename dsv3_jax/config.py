@@ -596,6 +596,37 @@ class GRPO:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reward:
+  """A reward model (report 5.2): how one is trained, and which one judges GRPO's outputs.
+
+  Trained on pairs of a better and a worse answer: form "score" gives a number, form "judge" writes
+  a thought and a verdict. `data.validation_fraction` of the questions are held out.
+  """
+
+  files: tuple[str, ...] = ()  # preferences as JSONL; see posttrain/preferences.py
+  problems: tuple[str, ...] = ()  # generated ones, FAMILY:LEVEL:COUNT, with worse answers made
+  samples: int = 0  # answers of train.init's model to each problem, judged by rules; 0: corrupted
+  form: str = "score"  # or judge
+  epochs: float = 1.0  # train.tokens follows from it
+  thought: bool = False  # a score is read after a thought about the answer
+  text: float = 0.0  # weight of the cross-entropy of thoughts, or of better answers, beside scores
+  centre: float = 0.01  # weight of (better + worse)^2: only differences are learned otherwise
+  new_tokens: int = 64  # most tokens of a sampled answer, and of a thought
+  temperature: float = 1.0  # of samples, and of votes
+  model: str = ""  # workdir of what "preference", "judge" and "vote" ask in a problem's reward
+  votes: int = 5  # judgements of an answer by "vote"
+  names: tuple[str, ...] = ()  # NAME:WEIGHT, rewards in place of those that problems name
+
+  def __post_init__(self):
+    s = "reward"
+    _positive(s, self, "epochs", "new_tokens", "temperature", "votes")
+    _not_negative(s, self, "samples", "text", "centre")
+    _one_of(s, self, "form", ("score", "judge"))
+    _require(not self.thought or self.form == "judge" or self.text > 0,
+             f"{s}.thought: a thought that is not learned is not written either; set {s}.text=1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Exam:
   """Generated problems that a finished run's model answers, held out from all training."""
 
@@ -620,12 +651,13 @@ class Config:
   train: Train = Train()
   sft: SFT = SFT()
   grpo: GRPO = GRPO()
+  reward: Reward = Reward()
   exam: Exam = Exam()
-  kind: str = "pretrain"  # what it does: pretrain, sft or grpo
+  kind: str = "pretrain"  # what it does: pretrain, sft, grpo or reward
 
   def __post_init__(self):
-    _one_of("config", self, "kind", ("pretrain", "sft", "grpo"))
-    for kind in ("sft", "grpo"):
+    _one_of("config", self, "kind", ("pretrain", "sft", "grpo", "reward"))
+    for kind in ("sft", "grpo", "reward"):
       own = getattr(self, kind)
       _require(self.kind != kind or bool(own.files or own.problems),
                f"kind={kind!r}: name what to learn from in {kind}.files or {kind}.problems")
