@@ -636,6 +636,49 @@ class Exam:
 
   def __post_init__(self):
     _positive("exam", self, "new_tokens")
+SAMPLES = ("short", "long", "absorbed")  # what is learnt of an expert's answer; see rejection.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+  """Distillation of experts' answers (report 5.1), which are drawn, filtered, and then learnt.
+
+  An expert is `WORKDIR=PROBLEMS`: the workdir of a run (in a chain also an earlier stage's name)
+  and what it is asked, FAMILY:LEVEL:COUNT or a file of problems; several of one workdir add up.
+  `sft.epochs` says how long is learnt; sft.files and sft.problems are the
+  conversations that are mixed in (`share`).
+  """
+
+  experts: tuple[str, ...] = ()
+  answers: int = 4  # drawn for each problem
+  temperature: float = 1.0
+  new_tokens: int = 128  # most tokens of an answer
+  reflect: bool = True  # experts are asked to reflect and verify (messages.REFLECTION)
+  longest: int = 0  # most tokens of an answer that is learnt; 0: new_tokens
+  format: bool = True  # it must pass the reward "format", besides being right
+  prefer: str = "shortest"  # of answers that pass: the shortest, or the first that were drawn
+  keep: int = 1  # of them, for each problem
+  samples: tuple[str, ...] = ("absorbed",)  # short, long, absorbed; see posttrain/rejection.py
+  share: float = 0.0  # of all conversations that is mixed in
+  mode: str = "answers"  # learnt are their words, or the experts' probabilities too: logits
+  top: int = 16  # probabilities of a token that are kept
+  alpha: float = 0.5  # weight of the words, beside 1 - alpha of the probabilities
+
+  def __post_init__(self):
+    s = "distill"
+    _positive(s, self, "answers", "new_tokens", "keep", "top")
+    _not_negative(s, self, "temperature", "longest")
+    _share(s, self, "alpha")
+    _one_of(s, self, "prefer", ("shortest", "first"))
+    _one_of(s, self, "mode", ("answers", "logits"))
+    _require(self.answers == 1 or self.temperature > 0, f"{s}.temperature=0 draws the same answer "
+             f"{s}.answers={self.answers} times; raise it, or set {s}.answers=1")
+    _require(bool(self.samples) and all(x in SAMPLES for x in self.samples),
+             f"{s}.samples={self.samples} must be some of {', '.join(SAMPLES)}")
+    _require(0 <= self.share < 1, f"{s}.share={self.share} must be at least 0 and below 1: the "
+             "rest are the experts' answers")
+
+
     _not_negative("exam", self, "temperature")
 
 
@@ -653,15 +696,16 @@ class Config:
   grpo: GRPO = GRPO()
   reward: Reward = Reward()
   exam: Exam = Exam()
-  kind: str = "pretrain"  # what it does: pretrain, sft, grpo or reward
+  kind: str = "pretrain"  # what it does: pretrain, sft, grpo, reward or distill
 
   def __post_init__(self):
-    _one_of("config", self, "kind", ("pretrain", "sft", "grpo", "reward"))
+    _one_of("config", self, "kind", ("pretrain", "sft", "grpo", "reward", "distill"))
     for kind in ("sft", "grpo", "reward"):
       own = getattr(self, kind)
       _require(self.kind != kind or bool(own.files or own.problems),
                f"kind={kind!r}: name what to learn from in {kind}.files or {kind}.problems")
       _require(self.kind != kind or bool(self.train.init),
+  distill: Distill = Distill()
                f"kind={kind!r} begins with a trained model; name its workdir in train.init")
     micro, mesh = self.data.micro_batch, self.runtime.mesh
     _require(micro % mesh.batch_shards == 0,
@@ -673,6 +717,8 @@ class Config:
              f"{self.model.moe.experts}")
     layers = self.runtime.pipeline.layers
     _require(not layers or (sum(layers) == self.model.layers and self.runtime.schedule != "none"),
+    if self.kind == "distill":
+      self._check_distill()
              f"runtime.pipeline.layers={layers} must add up to model.layers={self.model.layers}, "
              f"and wants a schedule (runtime.pipeline.schedule={self.runtime.schedule})")
     _require(not self.runtime.shard_vocab or self.model.vocab_size % (mesh.node * mesh.gpu) == 0,
@@ -710,6 +756,29 @@ def differences(config: Any) -> dict[str, Any]:
 
 
 def _differing(values: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
+  def _check_distill(self) -> None:
+    d, mixed = self.distill, (*self.sft.files, *self.sft.problems)
+    _require(bool(d.experts), "kind='distill': name whom to learn from, and what they are asked, "
+             "in distill.experts, such as ('runs/expert=add:0:1000',)")
+    _require(bool(self.train.init), "kind='distill' begins with a trained model; name its workdir "
+             "in train.init")
+    _require(bool(mixed) == (d.share > 0), f"distill.share={d.share} of the conversations are "
+             f"those of sft.files and sft.problems, which name {len(mixed)}; " + (
+                 "set the share" if mixed else "name some, or set it to 0"))
+    longest = d.longest or d.new_tokens
+    _require(longest < self.data.sequence_length, f"answers of up to {longest} tokens "
+             "(distill.longest, or new_tokens where that is 0) do not fit data.sequence_length="
+             f"{self.data.sequence_length}; raise it, or lower distill.longest")
+    _require(d.mode == "answers" or d.top <= self.model.vocab_size,
+             f"distill.top={d.top} exceeds model.vocab_size={self.model.vocab_size}")
+    _require(d.mode == "answers" or (self.runtime.mesh.devices == 1
+                                     and self.runtime.schedule == "none"),
+             "distill.mode='logits' learns on one device; leave runtime.mesh and "
+             "runtime.pipeline.schedule as they are by default, or set mode='answers'")
+    _require(d.mode == "answers" or set(d.samples) != {"short"},
+             "distill.mode='logits' with distill.samples=('short',): short samples are the "
+             "problems' own solutions, which no expert wrote; add 'long' or 'absorbed'")
+
                ) -> Iterator[tuple[str, Any]]:
   for name, value in values.items():
     if isinstance(value, dict):
