@@ -626,16 +626,6 @@ class Reward:
              f"{s}.thought: a thought that is not learned is not written either; set {s}.text=1")
 
 
-@dataclasses.dataclass(frozen=True)
-class Exam:
-  """Generated problems that a finished run's model answers, held out from all training."""
-
-  problems: tuple[str, ...] = ()  # FAMILY:LEVEL:COUNT, of the test split
-  new_tokens: int = 64  # most tokens of an answer
-  temperature: float = 0.0  # 0: greedy
-
-  def __post_init__(self):
-    _positive("exam", self, "new_tokens")
 SAMPLES = ("short", "long", "absorbed")  # what is learnt of an expert's answer; see rejection.py
 
 
@@ -679,6 +669,16 @@ class Distill:
              "rest are the experts' answers")
 
 
+@dataclasses.dataclass(frozen=True)
+class Exam:
+  """Generated problems that a finished run's model answers, held out from all training."""
+
+  problems: tuple[str, ...] = ()  # FAMILY:LEVEL:COUNT, of the test split
+  new_tokens: int = 64  # most tokens of an answer
+  temperature: float = 0.0  # 0: greedy
+
+  def __post_init__(self):
+    _positive("exam", self, "new_tokens")
     _not_negative("exam", self, "temperature")
 
 
@@ -695,6 +695,7 @@ class Config:
   sft: SFT = SFT()
   grpo: GRPO = GRPO()
   reward: Reward = Reward()
+  distill: Distill = Distill()
   exam: Exam = Exam()
   kind: str = "pretrain"  # what it does: pretrain, sft, grpo, reward or distill
 
@@ -705,8 +706,9 @@ class Config:
       _require(self.kind != kind or bool(own.files or own.problems),
                f"kind={kind!r}: name what to learn from in {kind}.files or {kind}.problems")
       _require(self.kind != kind or bool(self.train.init),
-  distill: Distill = Distill()
                f"kind={kind!r} begins with a trained model; name its workdir in train.init")
+    if self.kind == "distill":
+      self._check_distill()
     micro, mesh = self.data.micro_batch, self.runtime.mesh
     _require(micro % mesh.batch_shards == 0,
              f"{mesh.describe('data', 'node', 'gpu')} must divide the micro-batch of {micro} "
@@ -717,8 +719,6 @@ class Config:
              f"{self.model.moe.experts}")
     layers = self.runtime.pipeline.layers
     _require(not layers or (sum(layers) == self.model.layers and self.runtime.schedule != "none"),
-    if self.kind == "distill":
-      self._check_distill()
              f"runtime.pipeline.layers={layers} must add up to model.layers={self.model.layers}, "
              f"and wants a schedule (runtime.pipeline.schedule={self.runtime.schedule})")
     _require(not self.runtime.shard_vocab or self.model.vocab_size % (mesh.node * mesh.gpu) == 0,
@@ -736,26 +736,6 @@ class Config:
              f"data.sequence_length={self.data.sequence_length} exceeds the {longest} positions "
              "of model.attention.yarn (factor * original_length)")
 
-
-# --- dictionaries -------------------------------------------------------------------------------
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-  """A dataclass as nested plain dictionaries; tuples stay tuples. Inverse of `from_dict`."""
-  return dataclasses.asdict(config)
-
-
-def to_json(config: Any) -> str:
-  """The config as JSON text with sorted keys: equal configs give equal text."""
-  return json.dumps(to_dict(config), indent=2, sort_keys=True)
-
-
-def differences(config: Any) -> dict[str, Any]:
-  """Dotted keys whose values differ from the defaults, with these values, in the keys' order."""
-  return dict(_differing(to_dict(config), to_dict(type(config)())))
-
-
-def _differing(values: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
   def _check_distill(self) -> None:
     d, mixed = self.distill, (*self.sft.files, *self.sft.problems)
     _require(bool(d.experts), "kind='distill': name whom to learn from, and what they are asked, "
@@ -779,6 +759,26 @@ def _differing(values: dict[str, Any], defaults: dict[str, Any], prefix: str = "
              "distill.mode='logits' with distill.samples=('short',): short samples are the "
              "problems' own solutions, which no expert wrote; add 'long' or 'absorbed'")
 
+
+# --- dictionaries -------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A dataclass as nested plain dictionaries; tuples stay tuples. Inverse of `from_dict`."""
+  return dataclasses.asdict(config)
+
+
+def to_json(config: Any) -> str:
+  """The config as JSON text with sorted keys: equal configs give equal text."""
+  return json.dumps(to_dict(config), indent=2, sort_keys=True)
+
+
+def differences(config: Any) -> dict[str, Any]:
+  """Dotted keys whose values differ from the defaults, with these values, in the keys' order."""
+  return dict(_differing(to_dict(config), to_dict(type(config)())))
+
+
+def _differing(values: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
                ) -> Iterator[tuple[str, Any]]:
   for name, value in values.items():
     if isinstance(value, dict):
