@@ -5,6 +5,7 @@ import pytest
 from dsv3_jax.config import ConfigError
 from dsv3_jax.posttrain import rewards
 from dsv3_jax.posttrain.problems import Problem
+from dsv3_jax.posttrain.rewards import models
 
 
 class _Tokenizer:
@@ -34,7 +35,7 @@ class _Stub:
     assert stop == (1,) and len(sampling) == len(prompts)
     self.asked += [_Tokenizer().decode(p) for p in prompts]
     self.sampling += sampling
-    texts = [self.texts.pop(0) for _ in prompts]
+    texts = [self.texts.pop(0) if self.texts else "" for _ in prompts]
     return [t if isinstance(t, _Done) else _Done(t) for t in texts]
 
 
@@ -75,10 +76,24 @@ def test_what_a_judge_reads():
 def test_vote(votes, value):
   """Oracle: majorities by hand; a tie is a half, an unreadable vote is against."""
   stub = _Stub(*votes, *[NO] * len(votes))
-  vote = rewards.vote(stub, _Tokenizer(), votes=len(votes), batch=4, seed=7)
+  vote = rewards.vote(stub, _Tokenizer(), votes=len(votes), batch=6, seed=7)
   found = vote([PROBLEM, PROBLEM], ["a", "b"])
   assert [s.value for s in found] == [value, 0.0]
-  assert [s.seed for s in stub.sampling] == list(range(7, 7 + 2 * len(votes)))
+  seeds = [s.seed for s in stub.sampling]
+  assert len(set(seeds)) == 2 * len(votes)
+  vote([PROBLEM, PROBLEM], ["b", "a"])
+  assert [s.seed for s in stub.sampling[len(seeds):]] == (
+      seeds[len(votes):] + seeds[:len(votes)])
+
+
+def test_batches():
+  """Oracle: by hand; short ones together, batches of one size, and no answer in another's place."""
+  assert models.batches([3, 1, 3, 2, 1], 2) == [[1, 4], [3, 0], [2, 2]]
+  assert models.batches([2, 1, 1], 4) == [[1, 2, 0]] and models.batches([], 4) == []
+  stub = _Stub(YES, NO, YES)
+  judge = rewards.judge(stub, _Tokenizer(), batch=2)
+  found = judge([PROBLEM] * 3, ["x" * 900, "y", "z"])
+  assert [s.value for s in found] == [1.0, 1.0, 0.0] and len(stub.asked) == 4
 
 
 def test_mistakes():

@@ -4,8 +4,12 @@ Both write a chain of thought before the verdict, which lowers the hacking of re
 verdict strictly: the last line, alone, in two possible forms. What a model wrote on the way to a
 problem stands in the question to the judge between two lines that it could not have guessed, and
 anything but a verdict counts against the answer, so that to derail the judge does not pay.
+
+The same questions are what a judge is trained on (`asked`, `verdict`; posttrain/preferences.py).
+Each answer's judgement is a function of question, answer and seed, wherever it stands in a batch.
 """
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
@@ -16,6 +20,7 @@ from dsv3_jax.posttrain.problems import Problem, Reward, Score
 from dsv3_jax.posttrain.rewards import final
 
 _YES, _NO = "Verdict: yes", "Verdict: no"
+_LENGTHS = 64  # prompts of as many of these tokens are judged together
 _LONGEST = 8000  # characters of an answer that a judge reads: its end
 _VERDICT = re.compile(r"^[^\w\n]*verdict\b", re.IGNORECASE | re.MULTILINE)
 
@@ -59,8 +64,7 @@ def judge(generator: _Writes, tokenizer: Any, steps: int = 512, batch: int = 16)
       if not problem.answer:
         raise ConfigError(f"problem {problem.id!r} has no answer to compare with; 'judge' needs a "
                           "reference, 'vote' does not")
-    texts = [_asked(_JUDGE, Question=p.prompt, Reference=p.answer, Answer=final.part(a))
-             for p, a in zip(problems, answers, strict=True)]
+    texts = [asked(p, a) for p, a in zip(problems, answers, strict=True)]
     said = _written(generator, tokenizer, texts, steps, batch, [_greedy()] * len(texts))
     return [Score(float(bool(v)), _why(v, text)) for v, text in map(_read, said)]
 
@@ -76,18 +80,19 @@ def vote(generator: _Writes, tokenizer: Any, votes: int = 5, steps: int = 512, b
   Args:
     generator, tokenizer, steps, batch: as of `judge`.
     votes: judgements an answer.
-    temperature, seed: of the drawing; each judgement has a seed of its own.
+    temperature, seed: of the drawing; each judgement has a seed of its own, made of `seed`, its
+      number and the question.
     principles: what is good.
   """
   if votes < 1:
     raise ConfigError(f"votes={votes} must be at least 1")
 
   def reward(problems: Sequence[Problem], answers: Sequence[str]) -> list[Score]:
-    texts = [_asked(_VOTE.replace("{principles}", principles), Question=p.prompt,
-                    Answer=final.part(a))
-             for p, a in zip(problems, answers, strict=True) for _ in range(votes)]
-    said = _written(generator, tokenizer, texts, steps, batch,
-                    [_drawn(temperature, seed + i) for i in range(len(texts))])
+    texts = [asked(dataclasses.replace(p, answer=""), a, principles)
+             for p, a in zip(problems, answers, strict=True)]
+    drawn = [_drawn(temperature, _digest(seed, i, text)) for text in texts for i in range(votes)]
+    texts = [text for text in texts for _ in range(votes)]
+    said = _written(generator, tokenizer, texts, steps, batch, drawn)
     scores = []
     for i in range(len(problems)):
       read = [v for v, _ in map(_read, said[i * votes:(i + 1) * votes])]
@@ -98,6 +103,31 @@ def vote(generator: _Writes, tokenizer: Any, votes: int = 5, steps: int = 512, b
     return scores
 
   return reward
+
+
+def asked(problem: Problem, answer: str, principles: str = PRINCIPLES) -> str:
+  """The question to a judge: whether an answer says the same as the problem's `answer`; where that
+  is empty, whether it is good by the principles.
+  """
+  texts = {"Question": problem.prompt, "Reference": problem.answer, "Answer": final.part(answer)}
+  if problem.answer:
+    return _asked(_JUDGE, **texts)
+  del texts["Reference"]
+  return _asked(_VOTE.replace("{principles}", principles), **texts)
+
+
+def verdict(thought: str, yes: bool) -> str:
+  """What a judge says, in the form that is read.
+
+  Raises:
+    ConfigError: the thought is empty, or has a verdict of its own.
+  """
+  if not thought.strip():
+    raise ConfigError("a thought is empty; a verdict comes after one")
+  if _VERDICT.search(thought):
+    raise ConfigError(f"a thought has a line of its own that begins with 'verdict': "
+                      f"{thought.strip()[-80:]!r}; the verdict is put behind it")
+  return f"{thought.strip()}\n{_YES if yes else _NO}"
 
 
 def _asked(instruction: str, **texts: str) -> str:
@@ -115,13 +145,29 @@ def _written(generator: _Writes, tokenizer: Any, texts: Sequence[str], steps: in
   """What the model says to each, and whether it came to an end."""
   from dsv3_jax.data import chat
 
-  found = []
-  for at in range(0, len(texts), batch):
-    prompts = [chat.prompt([{"role": "user", "content": text}], tokenizer)
-               for text in texts[at:at + batch]]
-    done = generator(prompts, steps, sampling[at:at + batch], stop=(tokenizer.eos,))
-    found += [(tokenizer.decode(c.tokens), c.finish == "stop") for c in done]
-  return found
+  prompts = [chat.prompt([{"role": "user", "content": text}], tokenizer) for text in texts]
+  found: dict[int, tuple[str, bool]] = {}
+  for rows in batches([-(-len(p) // _LENGTHS) for p in prompts], batch):
+    done = generator([prompts[i] for i in rows], steps, [sampling[i] for i in rows],
+                     stop=(tokenizer.eos,))
+    for i, c in zip(rows, done, strict=True):
+      found.setdefault(i, (tokenizer.decode(c.tokens), c.finish == "stop"))
+  return [found[i] for i in range(len(texts))]
+
+
+def batches(sizes: Sequence[int], batch: int) -> list[list[int]]:
+  """Places in batches, neighbours in size together. The last is filled up with its last place, if
+  there are others: a batch of another size would be compiled anew.
+  """
+  order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+  made = [order[at:at + batch] for at in range(0, len(order), batch)]
+  if len(made) > 1:
+    made[-1] += made[-1][-1:] * (batch - len(made[-1]))
+  return made
+
+
+def _digest(*of: Any) -> int:
+  return int.from_bytes(hashlib.sha256(repr(of).encode()).digest()[:4], "big")
 
 
 def _read(said: tuple[str, bool]) -> tuple[bool | None, str]:
@@ -145,6 +191,6 @@ def _greedy() -> Any:
 
 def _drawn(temperature: float, seed: int) -> Any:
   from dsv3_jax.infer.sampler import Sampling
-  return Sampling(temperature=temperature, seed=seed % 2**32)
+  return Sampling(temperature=temperature, seed=seed)
 
 
