@@ -195,17 +195,18 @@ class Model:
 class Mesh:
   """Device mesh: devices along each axis; the product must not exceed the devices present.
 
-  A micro-batch's sequences are cut over data, node and gpu, routed experts over node and gpu,
-  layers over pipe.
+  A micro-batch's sequences are cut over data, node and gpu, their tokens over context, routed
+  experts over node and gpu, layers over pipe.
   """
 
   pipe: int = 1
   data: int = 1
   node: int = 1  # joined by slow links
   gpu: int = 1  # within a node
+  context: int = 1  # parts of each sequence; see parallel/context.py
 
   def __post_init__(self):
-    _positive("runtime.mesh", self, "pipe", "data", "node", "gpu")
+    _positive("runtime.mesh", self, "pipe", "data", "node", "gpu", "context")
 
   @property
   def batch_shards(self) -> int:
@@ -214,11 +215,11 @@ class Mesh:
 
   @property
   def devices(self) -> int:
-    return self.pipe * self.batch_shards
+    return self.pipe * self.context * self.batch_shards
 
   def describe(self, *axes: str) -> str:
     """For messages: those of the axes (all of them by default) that exceed 1, as a product."""
-    sizes = {a: getattr(self, a) for a in axes or ("pipe", "data", "node", "gpu")}
+    sizes = {a: getattr(self, a) for a in axes or ("pipe", "data", "context", "node", "gpu")}
     return (" * ".join(f"runtime.mesh.{a}={n}" for a, n in sizes.items() if n > 1)
             or "runtime.mesh of one device")
 
@@ -380,6 +381,14 @@ class Runtime:
     _require(self.schedule != "none" or self.mesh.pipe == 1,
              f"{s}.pipeline.schedule='none' leaves {s}.mesh.pipe={self.mesh.pipe} ranks without "
              f"work; choose one of {', '.join(SCHEDULES[2:])}")
+    if self.mesh.context > 1:
+      here = f"{s}.mesh.context={self.mesh.context}"
+      _require(self.schedule == "none", f"{here} is not combined with a pipeline (runtime.pipeline."
+               f"schedule={self.schedule}); set {s}.mesh.pipe=1 and schedule='none'")
+      _require(self.attention in ("auto", "xla"), f"{here} has a blockwise attention of its own; "
+               f"set {s}.attention='auto', not {self.attention!r}")
+      _require(self.recipe == "none", f"{here} is not combined with {s}.recipe={self.recipe!r}; "
+               "set it to 'none'")
     sent = self.dispatch.activations or self.dispatch.gradients
     _require(not sent or self.recipe == "none",
              f"{s}.dispatch.activations and gradients are for {s}.recipe=none; under "
@@ -547,8 +556,9 @@ class SFT:
 
   files: tuple[str, ...] = ()  # conversations as JSONL; see posttrain/messages.py
   problems: tuple[str, ...] = ()  # generated ones, with worked solutions: FAMILY:LEVEL:COUNT
+  answers: tuple[str, ...] = ()  # generated ones, with the boxed answer alone
   epochs: float = 2.0  # train.tokens follows from it
-  style: str = "short"  # worked solutions of generated problems: short, long, or both
+  style: str = "short"  # of the worked solutions: short, long, or both
 
   def __post_init__(self):
     s = "sft"
@@ -717,6 +727,16 @@ class Config:
              or self.model.moe.experts % (mesh.node * mesh.gpu) == 0,
              f"{mesh.describe('node', 'gpu')} must divide model.moe.experts="
              f"{self.model.moe.experts}")
+    length = self.data.sequence_length
+    _require(mesh.context == 1 or length % (2 * mesh.context) == 0,
+             f"runtime.mesh.context={mesh.context} gives each device two parts of a sequence; "
+             f"{2 * mesh.context} must divide data.sequence_length={length}")
+    _require(mesh.context == 1 or self.model.attention.kind == "mla",
+             f"runtime.mesh.context={mesh.context} sends latents, which "
+             f"model.attention.kind={self.model.attention.kind!r} does not have; use 'mla'")
+    _require(mesh.context == 1 or self.kind in ("pretrain", "sft"),
+             f"runtime.mesh.context={mesh.context} is for kind='pretrain' and 'sft', not "
+             f"{self.kind!r}")
     layers = self.runtime.pipeline.layers
     _require(not layers or (sum(layers) == self.model.layers and self.runtime.schedule != "none"),
              f"runtime.pipeline.layers={layers} must add up to model.layers={self.model.layers}, "

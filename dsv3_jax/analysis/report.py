@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax import files
-from dsv3_jax.analysis import numerics, page, plots
+from dsv3_jax.analysis import numerics, page, plots, policy_plots
 from dsv3_jax.analysis import workdir as workdir_lib
 from dsv3_jax.analysis.page import escape
 from dsv3_jax.analysis.workdir import Run
@@ -34,6 +34,8 @@ class _Plot:
 
 
 _PLOTS = (
+    *(_Plot(name, title, draw, policy_plots.CAPTIONS[name])
+      for name, title, draw in policy_plots.ALL),
     _Plot("loss", "Loss", plots.loss,
           "Main next-token loss. Validation batches are the same at every evaluation.", wide=True),
     _Plot("bits_per_byte", "Compression of the validation text", plots.compression,
@@ -222,8 +224,8 @@ def _numbers(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _samples(run: Run) -> list[dict[str, str]]:
-  """The summary's samples; "title" says how each was drawn."""
-  rows = []
+  """The summary's samples, then outputs of the first and last rollouts; "title" says how drawn."""
+  rows = _rolled(run)
   for sample in run.summary.get("samples") or []:
     if isinstance(sample, dict):
       row = {k: str(sample.get(k) or "") for k in ("prompt", "suffix", "text", "reference")}
@@ -231,6 +233,19 @@ def _samples(run: Run) -> list[dict[str, str]]:
       drawn = ("" if temperature is None else ", greedy" if temperature == 0 else
                f", temperature {temperature}")
       rows.append(row | {"title": f"{sample.get('kind') or 'sample'}{drawn}"})
+  return rows
+
+
+def _rolled(run: Run) -> list[dict[str, str]]:
+  """A problem's outputs in the first rollout and in the last, best and worst."""
+  kept = policy_plots.transcripts(run.workdir)
+  rows = []
+  for row in (kept[0], kept[-1]) if len(kept) > 1 else kept:
+    outputs = sorted(row["outputs"], key=lambda o: -o["reward"])
+    for output in (outputs[0], outputs[-1]):
+      rows.append({"title": f"rollout {row['rollout']}, {row['id']}: reward {output['reward']:.2f}",
+                   "prompt": row["prompt"] + "\n", "text": output["text"], "suffix": "",
+                   "reference": row["answer"]})
   return rows
 
 

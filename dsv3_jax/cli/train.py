@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
   from dsv3_jax import files  # jax starts here
   from dsv3_jax.analysis import report
+  from dsv3_jax.analysis import stages as stages_report
   from dsv3_jax.posttrain import chain
   from dsv3_jax.posttrain import run as kinds
   from dsv3_jax.train import launch
@@ -86,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
     return one(config, str(workdir)).exit_code
   made = [chain.Stage(*stage) for stage in stages]
   result = chain.run(made, one)
-  if result.first and result.finished:
-    print(chain.report(made, workdir))
+  if result.first:
+    ran = [(s.name, s.folder) for s in made if (Path(s.folder) / "config.json").is_file()]
+    written = stages_report.write(ran, workdir)
+    print(written.with_suffix(".md").read_text(encoding="utf-8"))
+    print(f"report of all stages: {written}")
   return result.exit_code

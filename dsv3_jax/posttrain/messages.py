@@ -33,10 +33,11 @@ from dsv3_jax.data import chat
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.posttrain import jsonl
 from dsv3_jax.posttrain.problems import Problem
+from dsv3_jax.posttrain.tasks.statements import boxed
 
 # Asks for the long style (report 5.1: the system's prompt asks for reflection and verification).
 REFLECTION = "Reflect and verify."
-STYLES = ("short", "long", "both")
+STYLES = ("answer", "short", "long", "both")
 
 Conversation = list[dict[str, str]]
 
@@ -170,9 +171,10 @@ def from_problems(problems: Iterable[Problem], style: str = "short", reflection:
   """Problems with their worked solutions, as conversations.
 
   Args:
-    problems: with `worked`, `worked_long` or both.
-    style: "short": problem and `worked`. "long": `reflection` as the system's text, problem and
-      `worked_long`. "both": for each problem one, then the other (report 5.1's two samples).
+    problems: with `answer`, `worked`, `worked_long` or all.
+    style: "answer": problem and boxed answer alone. "short": problem and `worked`. "long":
+      `reflection` as the system's text, problem and `worked_long`. "both": for each problem short,
+      then long (report 5.1's two samples).
     reflection: stands behind the problem's own system text; "" for none.
 
   Raises:
@@ -183,9 +185,11 @@ def from_problems(problems: Iterable[Problem], style: str = "short", reflection:
   found = []
   for problem in problems:
     for kind in ("short", "long") if style == "both" else (style,):
-      answer = problem.worked if kind == "short" else problem.worked_long
-      if not answer.strip():
-        raise ConfigError(f"the problem {problem.id} has no {kind} worked solution")
+      answer = {"answer": boxed(problem.answer), "short": problem.worked,
+                "long": problem.worked_long}[kind]
+      if not (answer if kind != "answer" else problem.answer).strip():
+        raise ConfigError(f"the problem {problem.id} has no "
+                          f"{kind if kind == 'answer' else f'{kind} worked solution'}")
       extra = reflection if kind == "long" else ""
       system = "\n\n".join(text for text in (problem.system, extra) if text)
       asked = dataclasses.replace(problem, system=system).messages

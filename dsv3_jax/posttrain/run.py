@@ -67,6 +67,8 @@ def conversations(cfg: config.Config, tokenizer: Tokenizer) -> Samples:
     found += messages.read(path)
   generated = tasks.named(cfg.sft.problems, cfg.data.seed, "sft.problems")
   found += messages.from_problems(generated, cfg.sft.style)
+  alone = tasks.named(cfg.sft.answers, cfg.data.seed, "sft.answers")
+  found += messages.from_problems(alone, "answer")
   encoded = messages.encode_all(found, tokenizer, cfg.data.sequence_length + 1)
   held, kept = [], []
   for sample in encoded.samples:

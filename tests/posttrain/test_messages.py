@@ -162,6 +162,7 @@ def test_problems():
   assert short == turns("92 + 51 = ?", problem.worked)
   assert long == turns("92 + 51 = ?", problem.worked_long, system=messages.REFLECTION)
   assert messages.from_problems([problem]) == [short]
+  assert messages.from_problems([problem], "answer") == [turns("92 + 51 = ?", "\\boxed{143}")]
   assert messages.from_problems([problem], "long", reflection="") == [
       turns("92 + 51 = ?", problem.worked_long)]
   own = Problem("a", "b", system="Be brief.", worked_long="c")
@@ -169,5 +170,5 @@ def test_problems():
       turns("b", "c", system=f"Be brief.\n\n{messages.REFLECTION}")]
   with pytest.raises(ConfigError, match="the problem a has no short worked solution"):
     messages.from_problems([own])
-  with pytest.raises(ConfigError, match="style='medium' must be one of short, long, both"):
+  with pytest.raises(ConfigError, match="style='medium' must be one of answer, short, long, both"):
     messages.from_problems([own], "medium")
