@@ -13,7 +13,7 @@ from dsv3_jax import config
 
 STACKS = ("dense", "moe")  # of layers, in their order
 EXPERTS = ("node", "gpu")  # mesh axes that cut the routed experts
-_FREE = ("data", "node", "gpu", "pipe")  # in the order in which ZeRO-1 uses them
+_FREE = ("data", "context", "node", "gpu", "pipe")  # in the order in which ZeRO-1 uses them
 
 
 class Array(NamedTuple):

@@ -42,7 +42,13 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHU: jax.Array,
   how = dict(scale=rope.softmax_scale(cfg), impl=runtime.attention, block=runtime.attention_block)
   if fp8_attention.joined(recipe, w_o_HUD, runtime.attention, q_BTHK, segments_BT):
     return fp8_attention.attend(q_BTHK, k_BTHK, v_BTHU, w_o_HUD, segments_BT, recipe, **how)
-  o_BTHU = ops.attention(q_BTHK, k_BTHK, v_BTHU, segments_BT=segments_BT, **how)
+  return output(ops.attention(q_BTHK, k_BTHK, v_BTHU, segments_BT=segments_BT, **how), w_o_HUD,
+                recipe)
+
+
+def output(o_BTHU: jax.Array, w_o_HUD: jax.Array | weights.Weight, recipe: Recipe | None
+           ) -> jax.Array:
+  """The projection of attention's output: [B, T, H, U] to [B, T, D]."""
   with jax.named_scope("mla_output"):
     site = recipe and fp8_linear.Site(recipe.output_x, recipe.output_cache)
     return layers.linear(o_BTHU, w_o_HUD, 2, recipe, site)

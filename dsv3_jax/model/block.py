@@ -12,6 +12,7 @@ from dsv3_jax.model import layers
 from dsv3_jax.model.gqa import GQA
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoECall, MoELayer, MoEStats
+from dsv3_jax.parallel import context as context_lib
 
 
 class BlockCall(NamedTuple):
@@ -22,6 +23,7 @@ class BlockCall(NamedTuple):
   segments_BT: jax.Array | None
   moe: MoECall
   runtime: config.Runtime
+  context: context_lib.Cut | None = None  # of sequences over devices; segments_BT is of whole ones
 
 
 class Block(nnx.Module):
@@ -41,7 +43,8 @@ class Block(nnx.Module):
   def __call__(self, x_BTD: jax.Array, call: BlockCall) -> tuple[jax.Array, MoEStats | None]:
     """[B, T, D] to [B, T, D]; routing statistics where the block is MoE, else None."""
     h_BTD = layers.rms_norm(x_BTD, self.attn_norm_D[...], self.norm_eps)
-    x_BTD = x_BTD + self.attn(h_BTD, call.cos, call.sin, call.segments_BT, call.runtime)
+    x_BTD = x_BTD + self.attn(h_BTD, call.cos, call.sin, call.segments_BT, call.runtime,
+                              call.context)
     x_BTD = checkpoint_name(x_BTD, "attention_residual")
     h_BTD = layers.rms_norm(x_BTD, self.ffn_norm_D[...], self.norm_eps)
     if self.is_moe:

@@ -34,8 +34,11 @@ class GQA(nnx.Module):
     return isinstance(self.w_o_HUD[...], weights.Weight)
 
   def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array,
-               segments_BT: jax.Array | None, runtime: config.Runtime) -> jax.Array:
-    """Causal self-attention; arguments and result as those of `mla.MLA`."""
+               segments_BT: jax.Array | None, runtime: config.Runtime, context: None = None
+               ) -> jax.Array:
+    """Causal self-attention; arguments and result as those of `mla.MLA`, but for `context`."""
+    if context is not None:
+      raise ValueError("grouped-query attention has no latents to send along context; use kind mla")
     a, recipe = self.cfg, resolve(runtime, self.held)
     N, shared = a.nope_dim, a.heads // (a.kv_heads or a.heads)
 

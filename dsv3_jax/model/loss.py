@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax.model import cross_entropy
 from dsv3_jax.model.transformer import Transformer, shift
+from dsv3_jax.parallel import context as context_lib
 from dsv3_jax.parallel import mesh as mesh_lib
 
 # Names in the metrics of the balance losses that `config.Loss` weighs.
@@ -78,13 +79,13 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
 
   Args:
     model: differentiate with respect to its `nnx.Param` variables.
-    batch: see `targets`.
+    batch: see `targets`; whole sequences, also where `axes` cut them.
     loss: weights of the balance losses.
     mtp_weight: lambda.
     runtime: dtypes and implementations.
     denominator: main targets of the global batch.
-    share: this micro-batch's share of the global batch's sequences.
-    axes: mesh axes that shard the batch (see `Transformer.hidden`).
+    share: this micro-batch's share of the global batch's sequences, divided by the parts of each.
+    axes: mesh axes that shard the batch, or the sequences (see `Transformer.hidden`).
 
   Returns:
     fp32 scalar, and additive fp32 metrics: loss_sum, mtp_loss_sum [K], tokens, mtp_tokens [K],
@@ -101,10 +102,19 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
   unmasked = {name: x for name, x in batch.items() if name != "mask"}
   mtp_valid = [targets(unmasked, k)[1] for k in range(1, K + 1)]
 
-  words = vocabulary_axes(runtime, axes)
+  words, read, ahead_KBTD = vocabulary_axes(runtime, axes), tokens_BS, None
+  context = context_lib.cut(T, axes)
+  if context is not None:  # targets and MTP's inputs may be tokens of others: shift, then cut
+    read = jnp.stack([shift(tokens_BS, k)[:, :T] for k in range(K + 1)])
+    read, valid_BT, predicted, mtp_valid = (
+        context.own(read, 2), *jax.tree.map(context.own, (valid_BT, predicted, mtp_valid)))
+  embedded = model.embed(read, runtime, words)
+  if context is not None:
+    embedded, ahead_KBTD = embedded[0], embedded[1:]
   hidden = model.hidden(
-      model.embed(tokens_BS, runtime, words), length=T, segments_BT=segments_BT, valid_BT=valid_BT,
-      mtp_valid_KBT=jnp.stack(mtp_valid) if K else None, balance=loss, axes=axes, runtime=runtime)
+      embedded, length=T, segments_BT=segments_BT, valid_BT=valid_BT,
+      mtp_valid_KBT=jnp.stack(mtp_valid) if K else None, balance=loss, axes=axes, runtime=runtime,
+      ahead_KBTD=ahead_KBTD)
   head_DV = model.head_DV[...].astype(hidden.h_BTD.dtype)
   sums, corrects = [], []
   for h_BTD, (target_BT, weight_BT) in zip((hidden.h_BTD, *hidden.mtp), predicted, strict=True):

@@ -22,6 +22,8 @@ The absorbed form that decoding uses reads the same parameters: fold w_ukv[:, h,
 and attention runs against (c_KV, k_R) itself.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -31,6 +33,24 @@ from dsv3_jax import config
 from dsv3_jax.fp8 import weights
 from dsv3_jax.fp8.recipe import Recipe, resolve
 from dsv3_jax.model import attention, layers, rope
+from dsv3_jax.parallel import context as context_lib
+
+
+def expand(w_ukv_CHW: jax.Array | weights.Weight, latents: tuple[jax.Array, jax.Array], nope: int,
+           recipe: Recipe | None = None) -> tuple[jax.Array, jax.Array]:
+  """Keys [B, T, H, K] and values [B, T, H, U] of every head.
+
+  Args:
+    w_ukv_CHW: the up-projection.
+    latents: of `MLA.latents`.
+    nope: N.
+    recipe: of the projection.
+  """
+  c_BTC, k_rope_BTR = latents
+  kv_BTHW = layers.linear(c_BTC, w_ukv_CHW, recipe=recipe)
+  shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None],
+                                 (*kv_BTHW.shape[:3], k_rope_BTR.shape[-1]))
+  return jnp.concatenate([kv_BTHW[..., :nope], shared_BTHR], axis=-1), kv_BTHW[..., nope:]
 
 
 class MLA(nnx.Module):
@@ -84,17 +104,9 @@ class MLA(nnx.Module):
     c_BTC = layers.rms_norm(z_BTZ[..., :C], self.kv_norm_C[...], self.cfg.latent_norm_eps)
     return c_BTC, rope.apply_rope(z_BTZ[..., C:], cos, sin)
 
-  def expand(self, c_BTC: jax.Array, k_rope_BTR: jax.Array, recipe: Recipe | None = None
-             ) -> tuple[jax.Array, jax.Array]:
-    """Keys [B, T, H, K] and values [B, T, H, U] of every head."""
-    N = self.cfg.nope_dim
-    kv_BTHW = layers.linear(c_BTC, self.w_ukv_CHW[...], recipe=recipe)
-    shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None],
-                                   (*kv_BTHW.shape[:3], k_rope_BTR.shape[-1]))
-    return jnp.concatenate([kv_BTHW[..., :N], shared_BTHR], axis=-1), kv_BTHW[..., N:]
-
   def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array,
-               segments_BT: jax.Array | None, runtime: config.Runtime) -> jax.Array:
+               segments_BT: jax.Array | None, runtime: config.Runtime,
+               context: context_lib.Cut | None = None) -> jax.Array:
     """Causal self-attention.
 
     Args:
@@ -102,6 +114,8 @@ class MLA(nnx.Module):
       cos, sin: [B, T, R/2] from `rope.rope_table`.
       segments_BT: int32; tokens see only their own segment. None: plain causal.
       runtime: chooses the attention implementation.
+      context: where sequences are cut over devices; all but `segments_BT` is then of this one's
+        tokens.
 
     Returns:
       [B, T, D].
@@ -110,6 +124,13 @@ class MLA(nnx.Module):
     with jax.named_scope("mla_project"):
       first, z_BTZ = self.down(x_BTD, recipe)
       q_BTHK = self.queries(first, cos, sin, recipe)
-      k_BTHK, v_BTHU = self.expand(*self.latents(z_BTZ, cos, sin), recipe)
+      latents, N, w_ukv_CHW = self.latents(z_BTZ, cos, sin), self.cfg.nope_dim, self.w_ukv_CHW[...]
+      if context is not None:
+        o_BTHU = context_lib.attend(
+            q_BTHK, latents, functools.partial(expand, nope=N, recipe=recipe), w_ukv_CHW,
+            segments_BT, context, scale=rope.softmax_scale(self.cfg),
+            block=runtime.attention_block)
+        return attention.output(o_BTHU, self.w_o_HUD[...], recipe)
+      k_BTHK, v_BTHU = expand(w_ukv_CHW, latents, N, recipe)
     return attention.attend(q_BTHK, k_BTHK, v_BTHU, self.w_o_HUD[...], segments_BT, self.cfg,
                             runtime, recipe)

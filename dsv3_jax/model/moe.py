@@ -61,7 +61,7 @@ class MoECall(NamedTuple):
 
   valid_BT: jax.Array | None = None  # fp32 0/1: tokens that count in statistics
   balance: config.Loss | None = None  # losses with a positive weight are computed
-  axes: tuple[str, ...] = ()  # mesh axes that shard the batch
+  axes: tuple[str, ...] = ()  # mesh axes that shard the batch, and sequences
   gemm: str = "auto"
   recipe: Recipe | None = None  # of the linear layers, outside MoE too; None: the compute dtype
   expert: dispatch.Settings | None = None  # mesh axes that cut the experts; None: all are here
@@ -282,9 +282,11 @@ class MoELayer(nnx.Module):
     affinity_BTE = routed.affinity_PE.reshape(*shape, -1)
     expert_BTA = routed.expert_PA.reshape(*shape, -1)
     zero, want, A = jnp.zeros(()), call.balance or config.Loss(sequence_balance=0), self.cfg.active
+    cut = tuple(a for a in call.axes if a == mesh_lib.CONTEXT)  # those that cut a sequence
     return MoEStats(
         counts_E,
-        routing.sequence_balance(affinity_BTE, A, valid_BT) if want.sequence_balance else zero,
+        routing.sequence_balance(affinity_BTE, A, valid_BT, cut) if want.sequence_balance else zero,
         routing.batch_balance(affinity_BTE, A, valid_BT, call.axes) if want.batch_balance else zero,
-        routing.expert_balance(affinity_BTE, expert_BTA, valid_BT) if want.expert_balance else zero,
+        routing.expert_balance(affinity_BTE, expert_BTA, valid_BT, cut) if want.expert_balance
+        else zero,
         dropped)

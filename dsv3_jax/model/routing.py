@@ -104,24 +104,26 @@ def _fractions(affinity_BTE: jax.Array, expert_BTA: jax.Array, valid_BT: jax.Arr
   return f_BE, p_BE
 
 
-def sequence_balance(affinity_BTE: jax.Array, active: int, valid_BT: jax.Array) -> jax.Array:
+def sequence_balance(affinity_BTE: jax.Array, active: int, valid_BT: jax.Array,
+                     axes: tuple[str, ...] = ()) -> jax.Array:
   """Sequence-wise balance loss without its weight (eq. 17-20), averaged over the sequences.
 
-  The gradient flows through the mean affinity P alone; f is a count of the unbiased top-A.
+  The gradient flows through the mean affinity P alone; f is a count of the unbiased top-A. Mesh
+  `axes` cut the sequences; the mean of the shards' results is then the loss.
   """
   expert_BTA = jax.lax.top_k(jax.lax.stop_gradient(affinity_BTE), active)[1]
-  f_BE, p_BE = _fractions(affinity_BTE, expert_BTA, valid_BT)
+  f_BE, p_BE = _fractions(affinity_BTE, expert_BTA, valid_BT, axes)
   return jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))
 
 
-def expert_balance(affinity_BTE: jax.Array, expert_BTA: jax.Array, valid_BT: jax.Array
-                   ) -> jax.Array:
+def expert_balance(affinity_BTE: jax.Array, expert_BTA: jax.Array, valid_BT: jax.Array,
+                   axes: tuple[str, ...] = ()) -> jax.Array:
   """V2's expert-level loss without its weight: as eq. 17, counting the experts really selected.
 
   DeepSeek-V2 2.2.3. Affinities are normalised over the experts first, which changes nothing for a
-  softmax gate and gives a sigmoid gate the same scale.
+  softmax gate and gives a sigmoid gate the same scale. `axes` as for `sequence_balance`.
   """
-  f_BE, p_BE = _fractions(affinity_BTE, expert_BTA, valid_BT)
+  f_BE, p_BE = _fractions(affinity_BTE, expert_BTA, valid_BT, axes)
   return jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))
 
 

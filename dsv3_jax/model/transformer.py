@@ -21,6 +21,7 @@ from dsv3_jax.model import layers, remat, rope
 from dsv3_jax.model.block import Block, BlockCall, scan, stack
 from dsv3_jax.model.moe import MoECall, MoEStats, expert_settings
 from dsv3_jax.model.mtp import MTPModule
+from dsv3_jax.parallel import context as context_lib
 
 
 @jax.tree_util.register_dataclass
@@ -101,32 +102,42 @@ class Transformer(nnx.Module):
              segments_BT: jax.Array | None = None, valid_BT: jax.Array | None = None,
              mtp_valid_KBT: jax.Array | None = None,
              balance: config.Loss | None = None, axes: tuple[str, ...] = (),
-             runtime: config.Runtime = config.Runtime()) -> Hidden:
+             runtime: config.Runtime = config.Runtime(),
+             ahead_KBTD: jax.Array | None = None) -> Hidden:
     """Runs all blocks.
 
     Args:
       embedded_BSD: embeddings of T tokens, or of T + 1 where the token after the last is known:
         MTP reads it.
-      length: T; None: S.
+      length: T; None: S. Of whole sequences, where `context` cuts them.
       segments_BT: int32 or None, see `__call__`.
       valid_BT: fp32 0/1, positions that count in routing statistics; None: all.
       mtp_valid_KBT: the same for each MTP depth; None: all positions but the last k of depth k.
       balance: losses with a positive weight are computed.
       axes: mesh axes that shard the batch; those among them named `node` and `gpu` also cut the
-        routed experts, of whose weights only this device's are here.
+        routed experts, of whose weights only this device's are here. With `context` among them
+        sequences are cut too (`parallel/context.py`): all arguments but `segments_BT` are then of
+        this device's tokens.
       runtime: dtypes and implementations.
+      ahead_KBTD: embeddings of the tokens k places after each, for MTP; None: from `embedded_BSD`.
     """
     B, S, _ = embedded_BSD.shape
     T = S if length is None else length
+    context = context_lib.cut(T, axes)
     if segments_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     else:
       positions_BT = rope.positions_from_segments(segments_BT)
+    if context is not None:
+      positions_BT, T = context.own(positions_BT), T // context.shards
+      if S != T or (ahead_KBTD is None and self.mtp is not None):
+        raise ValueError(f"along context each device takes the embeddings of its {T} tokens, and "
+                         f"of those that MTP sees as ahead_KBTD; given are {S}")
     cos, sin = rope.rope_table(self.cfg.attention, positions_BT)
     held = (self.moe if self.dense is None else self.dense).attn.held
     moe_call = MoECall(valid_BT, balance, axes, runtime.gemm, resolve(runtime, held),
                        expert_settings(self.cfg.moe, runtime, axes))
-    call = BlockCall(cos, sin, segments_BT, moe_call, runtime)
+    call = BlockCall(cos, sin, segments_BT, moe_call, runtime, context)
 
     def step(block, x_BTD, _):
       return block(x_BTD, call)
@@ -139,18 +150,19 @@ class Transformer(nnx.Module):
         stats += [found] if found is not None else []
     h_BTD = layers.rms_norm(x_BTD, self.final_norm_D[...], self.cfg.norm_eps)
     mtp_hidden, mtp_stats = self._mtp(h_BTD if self.cfg.mtp_input == "normed" else x_BTD,
-                                      embedded_BSD, call, mtp_valid_KBT)
+                                      embedded_BSD, call, mtp_valid_KBT, ahead_KBTD)
     stats += [mtp_stats] if mtp_stats is not None else []
     joined = jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
     return Hidden(h_BTD, mtp_hidden, joined)
 
-  def _mtp(self, h_BTD, embedded_BSD, call: BlockCall, valid_KBT):
+  def _mtp(self, h_BTD, embedded_BSD, call: BlockCall, valid_KBT, ahead_KBTD):
     """Representations of each depth after its output norm, and stacked statistics."""
     if self.mtp is None:
       return (), None
     B, T, _ = h_BTD.shape
     depths = range(1, self.cfg.mtp_depth + 1)
-    shifted_KBTD = jnp.stack([shift(embedded_BSD, k)[:, :T] for k in depths])
+    if ahead_KBTD is None:
+      ahead_KBTD = jnp.stack([shift(embedded_BSD, k)[:, :T] for k in depths])
     if valid_KBT is None:
       index_T = jnp.arange(T)
       valid_KBT = jnp.stack([jnp.broadcast_to(index_T < embedded_BSD.shape[1] - k, (B, T))
@@ -164,7 +176,7 @@ class Transformer(nnx.Module):
 
     step = remat.wrap_step(step, call.runtime.remat)
     _, (read_KBTD, stats) = scan(self.mtp, step, h_BTD, call.runtime.layer_unroll,
-                                 (shifted_KBTD, valid_KBT))
+                                 (ahead_KBTD, valid_KBT))
     return tuple(read_KBTD), stats
 
 

@@ -1,9 +1,10 @@
 """The device mesh: which devices share sequences, experts and layers.
 
-    pipe   layers: each rank has stages of the pipeline
-    data   sequences alone: every group of experts exists once for each
-    node   sequences and experts, joined by slow links
-    gpu    sequences and experts, joined by fast links
+    pipe     layers: each rank has stages of the pipeline
+    data     sequences alone: every group of experts exists once for each
+    context  tokens: each has a part of the same sequences (`context.py`)
+    node     sequences and experts, joined by slow links
+    gpu      sequences and experts, joined by fast links
 
 The last axis has neighbouring devices, so `gpu` should be the devices of one machine. The axes are
 Auto: what stands outside `shard_map` is cut by XLA as its operands are.
@@ -14,9 +15,10 @@ import numpy as np
 
 from dsv3_jax import config
 
-PIPE, DATA, NODE, GPU = "pipe", "data", "node", "gpu"
-AXES = (PIPE, DATA, NODE, GPU)  # order of the mesh's axes; slowest links first
+PIPE, DATA, CONTEXT, NODE, GPU = "pipe", "data", "context", "node", "gpu"
+AXES = (PIPE, DATA, CONTEXT, NODE, GPU)  # order of the mesh's axes; slowest links first
 BATCH = (DATA, NODE, GPU)  # cut the sequences of a micro-batch
+TOKENS = (DATA, CONTEXT, NODE, GPU)  # cut its tokens
 EXPERTS = (NODE, GPU)  # cut the routed experts
 
 

@@ -94,7 +94,7 @@ def place(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, zero: bool
       raise ValueError(f"{name}: {shape[kept_dim]} {what} cannot be cut over {devices} devices "
                        f"({', '.join(kept)}); choose a mesh whose node * gpu divides them")
   # pipe last: `take` and `put` then exchange over it what the others have cut already.
-  free = [a for a in mesh_lib.several(mesh, (*mesh_lib.BATCH, mesh_lib.PIPE)) if a not in kept]
+  free = [a for a in mesh_lib.several(mesh, (*mesh_lib.TOKENS, mesh_lib.PIPE)) if a not in kept]
   groups = [group for n in range(len(free), 0, -1) for group in itertools.combinations(free, n)]
   size = lambda group: math.prod(mesh.shape[a] for a in group)
   for group in sorted(groups, key=size, reverse=True):  # most devices first

@@ -70,7 +70,7 @@ def make_evaluate(graphdef: nnx.GraphDef, cfg: config.Config,
 
   On a mesh every rank of a pipeline computes the same.
   """
-  axes = mesh_lib.several(mesh, mesh_lib.BATCH)
+  axes = mesh_lib.several(mesh, mesh_lib.TOKENS)
 
   def local(params, buffers, batch):
     model = nnx.merge(graphdef, params, buffers)

@@ -5,7 +5,8 @@
 A plain `jax.jit` with the state donated. The batch is [A, B, T+1]: A micro-batches are run one
 after another, their fp32 gradients summed (A == 1 has no accumulator). With a mesh, `shard_map`
 (`check_vma=True`) gives each device its part of the B sequences: the axes `data`, `node` and `gpu`
-cut them, and the last two routed experts besides. Parameters, at home as `parallel/placement.py`
+cut them, and the last two routed experts besides; `context` cuts their tokens, inside of the loss
+function. Parameters, at home as `parallel/placement.py`
 says, are collected and cast to varying before differentiation, so that gradients stay local until
 one sum adds them. With an axis `pipe`, or where a schedule is asked for, gradients come from
 `pipelined.gradients`. The loss is normalised by the target tokens of the whole global batch, and
@@ -89,15 +90,16 @@ def gradients(graphdef: nnx.GraphDef, cfg: config.Config, params: Any, buffers: 
     amax: from `delayed.assumed`, or None; the statistics' "amax" has the same form.
   """
   recipe = resolve(cfg.runtime)
-  axes = mesh_lib.several(mesh, mesh_lib.BATCH)
-  shards = math.prod(mesh.shape[a] for a in axes)
+  axes = mesh_lib.several(mesh, mesh_lib.TOKENS)
+  batch_axes = mesh_lib.several(mesh, mesh_lib.BATCH)
+  parts, shards = (math.prod(mesh.shape[a] for a in group) for group in (axes, batch_axes))
   homes = None if mesh is None else placement.places(params, mesh, cfg.runtime)
 
   def local(params, buffers, batch, hyper, amax):
     static_micros = batch["tokens"].shape[0]
     micros = static_micros if hyper.micro_batches is None else hyper.micro_batches
-    share = 1.0 / (micros * shards)
-    denominator = _target_tokens(batch, micros, axes, shards)
+    share = 1.0 / (micros * parts)
+    denominator = _target_tokens(batch, micros, batch_axes, shards)
     if homes is not None:
       params = jax.tree.map(placement.whole, params, homes)
     params, buffers, amax = sharding.varying((params, buffers, amax), axes)

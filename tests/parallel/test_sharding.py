@@ -29,7 +29,7 @@ def test_spec_collision():
 def test_mesh_of_virtual_devices():
   """Oracle: the sizes asked for; too many is an error that says how to get them."""
   made = mesh.make_mesh(config.Mesh(pipe=2, gpu=2))
-  assert dict(made.shape) == {"pipe": 2, "data": 1, "node": 1, "gpu": 2}
+  assert dict(made.shape) == {"pipe": 2, "data": 1, "context": 1, "node": 1, "gpu": 2}
   assert made.devices.ravel().tolist() == jax.devices()[:4]  # neighbours share `gpu`
   assert mesh.several(made, mesh.BATCH) == ("gpu",)
   assert sharding.batch_sharding(made).spec == P(None, "gpu", None)
