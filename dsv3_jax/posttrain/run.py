@@ -1,7 +1,6 @@
 """One run of any kind, by the one training loop: `kind` decides batches and loss alone."""
 
 import glob
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -13,11 +12,11 @@ import numpy as np
 from dsv3_jax import config, files, train
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.posttrain import exam, messages, tasks
+from dsv3_jax.posttrain import exam, messages, reward_model, samples, tasks
 from dsv3_jax.posttrain.problems import Problem
 from dsv3_jax.posttrain.samples import Samples
 from dsv3_jax.posttrain.tasks import records
-from dsv3_jax.train import begin
+from dsv3_jax.train import begin, metrics
 
 
 def run(cfg: config.Config, workdir: str, **how: Any) -> train.RunResult:
@@ -43,25 +42,72 @@ def _run(cfg: config.Config, workdir: str, how: dict[str, Any]) -> train.RunResu
     corpus = conversations(cfg, tokenizer)
     steps = math.ceil(cfg.sft.epochs * corpus.rows / cfg.data.batch_size)
     return train.run(_of_steps(cfg, steps), workdir, corpus=corpus, **how)
+  if cfg.kind == "distill":
+    return _distill(cfg, workdir, tokenizer, how)
+  if cfg.kind == "reward":
+    return _reward(cfg, workdir, tokenizer, how)
   if cfg.runtime.mesh.devices > 1 or cfg.runtime.schedule != "none":
     raise ConfigError("kind='grpo' draws and learns on one device; leave runtime.mesh and "
                       "runtime.schedule as they are by default")
   from dsv3_jax.posttrain import grpo  # jax and the engine start here
 
   cfg = _of_steps(cfg, cfg.grpo.rollouts * cfg.grpo.micro_steps)
-  corpus = grpo.Policy(cfg, tokenizer, asked(cfg.grpo, cfg.data.seed), workdir)
+  problems = reward_model.of_problems(asked(cfg.grpo, cfg.data.seed), cfg.reward)
+  corpus = grpo.Policy(cfg, tokenizer, problems, workdir)
   return train.run(cfg, workdir, corpus=corpus, loss_fn=grpo.loss_fn(cfg), **how)
+
+
+def _reward(cfg: config.Config, workdir: str, tokenizer: Tokenizer, how: dict[str, Any]
+            ) -> train.RunResult:
+  reward_model.check(cfg)
+  if cfg.reward.samples and how.get("launch"):
+    raise ConfigError("reward.samples draws answers in one process; run it alone, or give what it "
+                      f"made ({reward_model.SAMPLED}) in reward.files")
+  found = reward_model.gather(cfg, tokenizer, workdir, _paths(cfg.reward.files, "reward.files"))
+  corpus = reward_model.corpus(cfg, tokenizer, found)
+  cfg = _of_steps(cfg, math.ceil(cfg.reward.epochs * corpus.rows / cfg.data.batch_size))
+  result = train.run(cfg, workdir, corpus=corpus, **reward_model.losses(cfg, tokenizer), **how)
+  if result.finished and result.first and not os.path.exists(
+      os.path.join(workdir, reward_model.NAME)):
+    reward_model.measure(cfg, workdir, found)
+  return result
+
+
+def _distill(cfg: config.Config, workdir: str, tokenizer: Tokenizer, how: dict[str, Any]
+             ) -> train.RunResult:
+  from dsv3_jax.posttrain import distill, draw  # jax and the engine start here
+
+  if how.get("launch") and not distill.complete(cfg, workdir):
+    raise ConfigError("kind='distill' has its experts answer in one process; run the same command "
+                      "with --processes=1 until it learns, then with all")
+  ui = how.get("ui") or metrics.terminal()
+  try:
+    corpus = distill.corpus(cfg, workdir, tokenizer, lambda: _named(cfg), ui)
+  except draw.Stopped as stopped:
+    return train.RunResult(workdir, 0, 0, False, 128 + stopped.args[0], {})
+  finally:
+    if "ui" not in how:
+      ui.close()
+  cfg = _of_steps(cfg, math.ceil(cfg.sft.epochs * corpus.rows / cfg.data.batch_size))
+  return train.run(cfg, workdir, corpus=corpus, **distill.losses(cfg), **how)
 
 
 def conversations(cfg: config.Config, tokenizer: Tokenizer) -> Samples:
   """The conversations that `cfg.sft` names.
 
-  Held out are those whose tokens' hash falls into `data.validation_fraction`, so that which they
-  are does not depend on the others.
+  Held out are those that `samples.split` says.
 
   Raises:
     ConfigError: see `messages.read`, `tasks.make`; nothing fits a sequence.
   """
+  encoded = messages.encode_all(_named(cfg), tokenizer, cfg.data.sequence_length + 1)
+  said = [f"{n:,} {what}" for n, what in ((encoded.cut, "cut at a turn"),
+                                          (encoded.dropped, "too long and left out")) if n]
+  return Samples(*samples.split(encoded.samples, cfg.data.validation_fraction), tokenizer,
+                 cfg.data.sequence_length, cfg.data.micro_batch, cfg.data.seed, ", ".join(said))
+
+
+def _named(cfg: config.Config) -> list[messages.Conversation]:
   found: list[messages.Conversation] = []
   for path in _paths(cfg.sft.files, "sft.files"):
     found += messages.read(path)
@@ -69,15 +115,7 @@ def conversations(cfg: config.Config, tokenizer: Tokenizer) -> Samples:
   found += messages.from_problems(generated, cfg.sft.style)
   alone = tasks.named(cfg.sft.answers, cfg.data.seed, "sft.answers")
   found += messages.from_problems(alone, "answer")
-  encoded = messages.encode_all(found, tokenizer, cfg.data.sequence_length + 1)
-  held, kept = [], []
-  for sample in encoded.samples:
-    number = int.from_bytes(hashlib.blake2b(sample.tokens.tobytes(), digest_size=8).digest(), "big")
-    (held if number < cfg.data.validation_fraction * 2**64 else kept).append(sample)
-  said = [f"{n:,} {what}" for n, what in ((encoded.cut, "cut at a turn"),
-                                          (encoded.dropped, "too long and left out")) if n]
-  return Samples(kept, held, tokenizer, cfg.data.sequence_length, cfg.data.micro_batch,
-                 cfg.data.seed, ", ".join(said))
+  return found
 
 
 def asked(cfg: config.GRPO, seed: int) -> list[Problem]:
