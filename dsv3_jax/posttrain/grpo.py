@@ -9,7 +9,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.posttrain import objective, rewards
+from dsv3_jax.posttrain import objective, reward_model, rewards
 from dsv3_jax.posttrain.problems import Problem
 from dsv3_jax.posttrain.rollout import Rollouts
 
@@ -50,7 +50,10 @@ class Policy:
   def train_iterator(self, schedule: Callable[[int], int], rows: Any = None) -> Rollouts:
     """Batches of rollouts."""
     del rows  # one process has all
-    return Rollouts(self._cfg, self.tokenizer, self._problems, rewards.score, self._workdir,
+    reward = rewards.score
+    if self._cfg.reward.model:
+      reward = functools.partial(reward, rewards=reward_model.load(self._cfg.reward))
+    return Rollouts(self._cfg, self.tokenizer, self._problems, reward, self._workdir,
                     self.fingerprint, schedule)
 
   def validation_batches(self, batch_size: int, limit: int = 0) -> list[dict[str, np.ndarray]]:
