@@ -589,6 +589,7 @@ class GRPO:
   normalize: bool = True  # divide by the group's standard deviation
   cut_off: str = "zero"  # reward of outputs that reach new_tokens: zero, none (mask), as is (keep)
   reference_every: int = 0  # rollouts after which the reference becomes today's policy; 0: never
+  ahead: bool = False  # the next rollout is drawn on a second device while this one is learned
   shuffle_rewards: bool = False  # a control: rewards of a rollout in random order
 
   def __post_init__(self):
@@ -645,8 +646,8 @@ class Distill:
 
   An expert is `WORKDIR=PROBLEMS`: the workdir of a run (in a chain also an earlier stage's name)
   and what it is asked, FAMILY:LEVEL:COUNT or a file of problems; several of one workdir add up.
-  `sft.epochs` says how long is learnt; sft.files and sft.problems are the
-  conversations that are mixed in (`share`).
+  `sft.epochs` says how long is learnt; sft.files, sft.problems and
+  sft.answers are the conversations that are mixed in (`share`).
   """
 
   experts: tuple[str, ...] = ()
@@ -757,13 +758,13 @@ class Config:
              "of model.attention.yarn (factor * original_length)")
 
   def _check_distill(self) -> None:
-    d, mixed = self.distill, (*self.sft.files, *self.sft.problems)
+    d, mixed = self.distill, (*self.sft.files, *self.sft.problems, *self.sft.answers)
     _require(bool(d.experts), "kind='distill': name whom to learn from, and what they are asked, "
              "in distill.experts, such as ('runs/expert=add:0:1000',)")
     _require(bool(self.train.init), "kind='distill' begins with a trained model; name its workdir "
              "in train.init")
     _require(bool(mixed) == (d.share > 0), f"distill.share={d.share} of the conversations are "
-             f"those of sft.files and sft.problems, which name {len(mixed)}; " + (
+             f"those of sft.files, sft.problems and sft.answers, which name {len(mixed)}; " + (
                  "set the share" if mixed else "name some, or set it to 0"))
     longest = d.longest or d.new_tokens
     _require(longest < self.data.sequence_length, f"answers of up to {longest} tokens "

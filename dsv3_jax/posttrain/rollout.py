@@ -6,17 +6,20 @@ and computes their log-probabilities under the policy and the reference by the t
 forward pass: what decoding computes differs from it by rounding, and in FP8 by more, so that the
 ratio of the first step would not be 1. `micro_steps` steps then share a rollout's groups.
 
+With `ahead` a second device draws rollout n + 1 with the parameters that rollout n is learned from,
+while the first one learns: neither waits, and the policy that drew is one rollout old.
+
 Everything is a function of the seed, the rollout's number and the parameters, so that a resumed run
 draws what the interrupted one would have drawn. What is not at hand any more by then, the rest of a
 rollout and a refreshed reference, is in files of the workdir that the iterator's state names.
 """
 
+import concurrent.futures
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +31,24 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data import chat
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer import parameters
-from dsv3_jax.infer.batches import Settings
-from dsv3_jax.infer.engine import Engine
-from dsv3_jax.infer.request import Event, Request
-from dsv3_jax.infer.sampler import Sampling
-from dsv3_jax.posttrain import groups, objective
+from dsv3_jax.posttrain import groups, objective, rollout_files
+from dsv3_jax.posttrain.draw import Drawer, Output
 from dsv3_jax.posttrain.problems import Problem, Reward, Score
+from dsv3_jax.posttrain.rollout_files import Rollout
 from dsv3_jax.train import checkpoint
 from dsv3_jax.train import state as state_lib
 from dsv3_jax.train.state import TrainState
 
 TRANSCRIPTS = "transcripts.jsonl"
 _SHOWN = 2  # problems of a rollout whose outputs are kept as text
-_PAGE = 16  # tokens of a page of the engine's cache
+
+
+class _Policy(NamedTuple):
+  """Parameters and buffers that draw, and those of the reference."""
+
+  params: Any
+  buffers: Any
+  reference: tuple[Any, Any]
 
 
 class Rollouts:
@@ -56,7 +64,8 @@ class Rollouts:
     schedule: step -> sequences of its batch.
 
   Raises:
-    ConfigError: a batch has no room for the longest outputs that there may be.
+    ConfigError: a batch has no room for the longest outputs that there may be; no second device to
+      draw ahead on.
   """
 
   def __init__(self, cfg: config.Config, tokenizer: Tokenizer, problems: Sequence[Problem],
@@ -71,10 +80,12 @@ class Rollouts:
     self._logprobs = _logprobs(cfg)
     self._prepare = jax.jit(functools.partial(
         _prepared, cfg=cfg.model, dtype=cfg.runtime.compute_dtype))
-    self._engine: Engine | None = None
-    self._step, self._rest, self._said = 0, [], {}
+    self._drawer: Drawer | None = None
+    self._step = 0
+    self._rollout = Rollout([], {})
     self._state: TrainState | None = None
     self._reference: Any = None  # params and buffers
+    self._ahead = _Ahead() if cfg.grpo.ahead else None
 
   # --- what the loop calls
 
@@ -87,30 +98,25 @@ class Rollouts:
 
   def said(self) -> dict[str, Any]:
     """Numbers of the rollout that the last batch is of."""
-    return dict(self._said)
+    return dict(self._rollout.said)
 
   def __next__(self) -> dict[str, np.ndarray]:
     # The loop forbids transfers that nobody asked for; here they are the matter.
     with jax.transfer_guard("allow"):
       number, part = divmod(self._step, self._cfg.grpo.micro_steps)
-      self._refresh(number)
       if part == 0:
-        self._rest = self._roll(number)
-        self._keep(number)
-      made = self._rest[part]
+        self._rollout = self._take(number)
+        if self._cfg.grpo.micro_steps > 1:
+          rollout_files.save(self._folder, number, self._rollout)
+      made = self._rollout.batches[part]
     self._step += 1
     return made
 
   def get_state(self) -> dict[str, Any]:
-    """Where the next batch begins; files of earlier rollouts are removed."""
-    number = self._step // self._cfg.grpo.micro_steps
-    refreshed = self._refreshed(number)
-    for path in self._folder.glob("rollout-*.npz"):
-      if int(path.stem.removeprefix("rollout-")) < number:
-        path.unlink(missing_ok=True)
-    for path in self._folder.glob("reference-*.npz"):
-      if int(path.stem.removeprefix("reference-")) < refreshed:
-        path.unlink(missing_ok=True)
+    """Where the next batch begins; a rollout that is being drawn is waited for and kept."""
+    if self._ahead is not None and self._ahead.number is not None:
+      rollout_files.save(self._folder, self._ahead.number, self._ahead.result())
+    rollout_files.tidy(self._folder, self._cfg.grpo.micro_steps, self._cfg.grpo.reference_every)
     return {"version": 1, "corpus": self._fingerprint, "step": self._step}
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -118,6 +124,7 @@ class Rollouts:
 
     Raises:
       ValueError: it is of other problems.
+      ConfigError: a file that it goes on from is missing.
     """
     if state["corpus"] != self._fingerprint:
       raise ValueError(f"the checkpoint was trained on problems {state['corpus']}, this run's are "
@@ -125,10 +132,15 @@ class Rollouts:
     self._step = int(state["step"])
     number, part = divmod(self._step, self._cfg.grpo.micro_steps)
     if part:
-      self._rest, self._said = _load_rollout(self._folder / f"rollout-{number}.npz")
+      self._rollout = rollout_files.load(self._folder, number)
+    coming = number + (part > 0)
+    if self._ahead is not None and self._step and coming < self._cfg.grpo.rollouts:
+      self._ahead.have(coming, rollout_files.load(self._folder, coming))
 
   def close(self) -> None:
-    """Nothing to end."""
+    """Ends what is being drawn."""
+    if self._ahead is not None:
+      self._ahead.close()
 
   # --- a rollout
 
@@ -153,77 +165,72 @@ class Rollouts:
       found.append(int(order[place]))
     return found
 
-  def _roll(self, number: int) -> list[dict[str, np.ndarray]]:
+  def _take(self, number: int) -> Rollout:
+    """A rollout's batches; with `grpo.ahead`, the next one begins to be drawn."""
+    ahead = self._ahead
+    if ahead is None:
+      return self._roll(number, self._policy(number))
+    if ahead.number != number:  # the first
+      ahead.begin(number, self._roll, ahead.place(self._policy(number)))
+    rollout = ahead.take()
+    if number + 1 < self._cfg.grpo.rollouts:
+      ahead.begin(number + 1, self._roll, ahead.place(self._policy(number + 1)))
+    return rollout
+
+  def _roll(self, number: int, policy: _Policy) -> Rollout:
     g = self._cfg.grpo
     chosen = self._chosen(number)
-    drawn = self._draw(number, chosen)
-    answers = [[self._tokenizer.decode(tokens) for tokens, _ in group] for group in drawn]
+    drawn = self._draw(number, chosen, policy)
+    answers = [[self._tokenizer.decode(o.tokens) for o in group] for group in drawn]
     scores = self._judge(chosen, answers, drawn)
     reward_NG = np.array([[s.value for s in group] for group in scores])
     if g.shuffle_rewards:
       rng = np.random.default_rng([self._cfg.train.seed, 1, number])
       reward_NG = rng.permutation(reward_NG.reshape(-1)).reshape(reward_NG.shape)
     advantage_NG, differ_N = groups.advantages(reward_NG, g)
-    ended = np.array([[finish == "stop" for _, finish in group] for group in drawn])
+    ended = np.array([[o.ended for o in group] for group in drawn])
     outputs = [[groups.Output(
-        self._prompts[i], [*tokens, *[self._tokenizer.eos] * (finish == "stop")], (), (),
-        float(advantage_NG[n, k]), finish == "stop" or g.cut_off != "mask")
-        for k, (tokens, finish) in enumerate(drawn[n])] for n, i in enumerate(chosen)]
+        self._prompts[i], [*o.tokens, *[self._tokenizer.eos] * o.ended], (), (),
+        float(advantage_NG[n, k]), o.ended or g.cut_off != "mask")
+        for k, o in enumerate(drawn[n])] for n, i in enumerate(chosen)]
     length = np.array([[len(o.tokens) for o in group] for group in outputs])
-    self._said = {
+    said = {
         "reward": float(reward_NG.mean()), "reward_std": float(reward_NG.std()),
         "solved": float((reward_NG >= 1).mean()), "length": float(length.mean()),
         "length_max": int(length.max()), "cut_off": float(1 - ended.mean()),
         "same_reward": float(1 - differ_N.mean())}
     self._transcribe(number, chosen, answers, scores)
     size = g.prompts // g.micro_steps
-    return [self._batch([o for group in outputs[at:at + size] for o in group])
-            for at in range(0, g.prompts, size)]
+    return Rollout([self._batch([o for group in outputs[at:at + size] for o in group], policy)
+                    for at in range(0, g.prompts, size)], said)
 
-  def _draw(self, number: int, chosen: Sequence[int]) -> list[list[tuple[list[int], str]]]:
-    """(tokens without the end token, how it ended) of each output of each problem."""
+  def _draw(self, number: int, chosen: Sequence[int], policy: _Policy) -> list[list[Output]]:
+    """Outputs of each problem."""
     g = self._cfg.grpo
-    weights = self._prepare(self._state.params, self._state.buffers)
-    if self._engine is None:
-      count = g.prompts * g.group
-      running = 1 << max(min(count, 64).bit_length() - 1, 0)
-      pages = -(-self._longest // _PAGE) + 1
-      self._engine = Engine(
-          self._cfg.model, weights, Settings(
-              pages=pages * running, page_size=_PAGE, longest=self._longest, running=running,
-              chunk=256, run=8, queue=count),
-          self._cfg.runtime, "",
-          frozenset({self._tokenizer.eos}), self._tokenizer.vocab_size)
-    else:
-      self._engine.use(weights)
-    events: list[list[Event]] = []
-    for i in chosen:
-      for k in range(g.group):
-        seed = int(np.random.SeedSequence([self._cfg.train.seed, number, i, k]).generate_state(1)[0]
-                   >> 1)
-        events.append([])
-        self._engine.submit(Request(tuple(self._prompts[i]), g.new_tokens,
-                                    Sampling(g.temperature, seed=seed)), events[-1].append)
-    while self._engine.step():
-      pass
-    for of in events:
-      if of[-1].finish not in ("stop", "length"):
-        raise RuntimeError(f"an output could not be drawn: {of[-1].error}")
-    drawn = [([t.id for e in of for t in e.tokens], of[-1].finish) for of in events]
+    weights = self._prepare(policy.params, policy.buffers)
+    if self._drawer is None:
+      self._drawer = Drawer(self._cfg.model, weights, self._cfg.runtime, self._tokenizer,
+                            self._longest, g.prompts * g.group)
+    self._drawer.use(weights)
+    seeds = [int(np.random.SeedSequence([self._cfg.train.seed, number, i, k]).generate_state(1)[0]
+                 >> 1) for i in chosen for k in range(g.group)]
+    drawn = self._drawer([self._prompts[i] for i in chosen for _ in range(g.group)], seeds,
+                         g.new_tokens, g.temperature)
     return [drawn[at:at + g.group] for at in range(0, len(drawn), g.group)]
 
-  def _judge(self, chosen, answers, drawn) -> list[list[Score]]:
+  def _judge(self, chosen: Sequence[int], answers: list[list[str]], drawn: list[list[Output]]
+             ) -> list[list[Score]]:
     size = self._cfg.grpo.group
     flat = self._reward([self._problems[i] for i in chosen for _ in range(size)],
                         [a for group in answers for a in group])
     scores = [flat[at:at + size] for at in range(0, len(flat), size)]
     if self._cfg.grpo.cut_off == "zero":
-      scores = [[s if finish == "stop" else Score(0.0, "cut off: " + s.why)
-                 for s, (_, finish) in zip(group, of, strict=True)]
+      scores = [[s if output.ended else Score(0.0, "cut off: " + s.why)
+                 for s, output in zip(group, of, strict=True)]
                 for group, of in zip(scores, drawn, strict=True)]
     return scores
 
-  def _batch(self, outputs: list[groups.Output]) -> dict[str, np.ndarray]:
+  def _batch(self, outputs: list[groups.Output], policy: _Policy) -> dict[str, np.ndarray]:
     """A step's outputs with their log-probabilities, [A, B, T + 1]."""
     data = self._cfg.data
     rows = groups.pack(outputs, data.sequence_length + 1)
@@ -233,43 +240,28 @@ class Rollouts:
     made = groups.batch(blank, data.batch_size, data.sequence_length + 1, self._tokenizer.pad,
                         self._cfg.grpo)
     made = {k: v.reshape(shape) for k, v in made.items()}
-    state = self._state
-    for name, (params, buffers) in (("old", (state.params, state.buffers)),
-                                    ("ref", self._reference)):
+    for name, (params, buffers) in (("old", policy[:2]), ("ref", policy.reference)):
       for a in range(shape[0]):
-        micro = {k: made[k][a] for k in ("tokens", "segments")}
-        made[name][a, :, 1:] = np.asarray(self._logprobs(params, buffers, micro))
+        if made["mask"][a].any():  # the last may be padding alone
+          micro = {k: made[k][a] for k in ("tokens", "segments")}
+          made[name][a, :, 1:] = np.asarray(self._logprobs(params, buffers, micro))
     return made
 
-  # --- reference, files
-
-  def _refreshed(self, number: int) -> int:
-    """The rollout before which the reference of this one was taken; 0: the initial one."""
-    every = self._cfg.grpo.reference_every
-    return number // every * every if every else 0
-
-  def _refresh(self, number: int) -> None:
-    wanted = self._refreshed(number)
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    path = self._folder / f"reference-{wanted}.npz"
-    if wanted and wanted == number and self._step % self._cfg.grpo.micro_steps == 0:
-      self._reference = copy((self._state.params, self._state.buffers))
-      flat = checkpoint.flatten(jax.device_get(self._reference))
-      _save(path, flat)
+  def _policy(self, number: int) -> _Policy:
+    """Today's parameters, and the reference of a rollout that they draw."""
+    state, every = self._state, self._cfg.grpo.reference_every
+    wanted = rollout_files.refreshed(number, every)
+    if wanted and wanted == number:
+      self._reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(
+          (state.params, state.buffers))
+      rollout_files.save_reference(self._folder, wanted, jax.device_get(self._reference))
     elif self._reference is None and wanted:
-      with np.load(path) as held:
-        self._reference = checkpoint.unflatten(dict(held), (self._state.params,
-                                                            self._state.buffers))
+      self._reference = rollout_files.load_reference(self._folder, wanted,
+                                                     (state.params, state.buffers))
     elif self._reference is None:
       params, buffers, _ = checkpoint.load_params(self._cfg.train.init)
       self._reference = params, buffers
-
-  def _keep(self, number: int) -> None:
-    """The rollout in a file, if later steps want it."""
-    if self._cfg.grpo.micro_steps > 1:
-      arrays = {f"{i}/{name}": x for i, made in enumerate(self._rest) for name, x in made.items()}
-      said = np.frombuffer(json.dumps(self._said).encode(), np.uint8)
-      _save(self._folder / f"rollout-{number}.npz", {**arrays, "said": said})
+    return _Policy(state.params, state.buffers, self._reference)
 
   def _transcribe(self, number: int, chosen, answers, scores) -> None:
     lines = []
@@ -300,26 +292,45 @@ def _logprobs(cfg: config.Config) -> Callable:
   return run
 
 
-def _save(path: Path, arrays: dict[str, Any]) -> None:
-  temporary = path.with_name(f".{path.name}.tmp.npz")
-  with open(temporary, "wb") as file:
-    np.savez(file, **arrays)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+class _Ahead:
+  """One rollout that is drawn on another device, while this one learns."""
 
+  def __init__(self) -> None:
+    devices = jax.local_devices()
+    if len(devices) < 2:
+      raise ConfigError("grpo.ahead=True draws on a second device, and there is one; set it to "
+                        "False, or on a CPU XLA_FLAGS=--xla_force_host_platform_device_count=2")
+    self._device = devices[-1]
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "rollout")
+    self._coming: concurrent.futures.Future[Rollout] | None = None
+    self.number: int | None = None  # of the rollout that was begun and not taken
 
-def _load_rollout(path: Path) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-  if not path.is_file():
-    raise ConfigError(f"{path} is missing: the checkpoint was taken between two steps of that "
-                      "rollout; begin a new workdir, or remove the newest checkpoint")
-  with np.load(path) as held:
-    arrays = dict(held)
-  said = json.loads(bytes(arrays.pop("said")))
-  found: list[dict[str, np.ndarray]] = []
-  for name, x in arrays.items():
-    index, key = name.split("/")
-    while len(found) <= int(index):
-      found.append({})
-    found[int(index)][key] = x
-  return found, said
+  def place(self, policy: _Policy) -> _Policy:
+    """A copy on the other device: the training step donates its own."""
+    return jax.device_put(policy, self._device)
+
+  def begin(self, number: int, roll: Callable[[int, _Policy], Rollout], policy: _Policy) -> None:
+    """Draws a rollout in the background."""
+    def run() -> Rollout:
+      with jax.default_device(self._device), jax.transfer_guard("allow"):
+        return roll(number, policy)
+
+    self.number, self._coming = number, self._thread.submit(run)
+
+  def have(self, number: int, rollout: Rollout) -> None:
+    """A rollout that was drawn earlier."""
+    self.number, self._coming = number, concurrent.futures.Future()
+    self._coming.set_result(rollout)
+
+  def result(self) -> Rollout:
+    """The rollout, when it is there."""
+    return self._coming.result()
+
+  def take(self) -> Rollout:
+    """The same, and it is no more coming."""
+    rollout, self.number, self._coming = self.result(), None, None
+    return rollout
+
+  def close(self) -> None:
+    """Waits for the thread."""
+    self._thread.shutdown(cancel_futures=True)

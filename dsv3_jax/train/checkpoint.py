@@ -397,6 +397,11 @@ def _load_part(folder: str, part: str) -> dict[str, Any]:
   return ocp.load_checkpointables(folder, {part: abstract})[part]
 
 
+def steps(workdir: str) -> list[int]:
+  """Steps of which a run keeps a checkpoint, oldest first."""
+  return _steps(os.path.join(workdir, "checkpoints"))
+
+
 def load_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
   """The meta (step, tokens, config, ...) of the checkpoint that `load_params` would take.
 
