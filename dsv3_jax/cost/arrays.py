@@ -16,6 +16,14 @@ EXPERTS = ("node", "gpu")  # mesh axes that cut the routed experts
 _FREE = ("data", "context", "node", "gpu", "pipe")  # in the order in which ZeRO-1 uses them
 
 
+def check(runtime: config.Runtime) -> None:
+  """Raises ConfigError for what the cost model does not know."""
+  n = runtime.mesh.context
+  if n > 1:
+    raise config.ConfigError(f"runtime.mesh.context={n}: the cost model does not know sequences "
+                             "that are cut over devices; set it to 1")
+
+
 class Array(NamedTuple):
   """One parameter.
 

@@ -136,8 +136,12 @@ def estimate(cfg: config.Config, device: str = "cpu") -> Memory:
   Args:
     cfg: model, runtime, optimizer and batch are read.
     device: "cpu", as XLA for CPUs compiles it; or "gpu", with FP8 kernels (see the top).
+
+  Raises:
+    ConfigError: sequences are cut over devices.
   """
   cpu = device == "cpu"
+  arrays.check(cfg.runtime)
   host = FP32 * sum(a.size for a in arrays.parameters(cfg.model)) if cfg.optim.ema_decay else 0
   if cfg.runtime.schedule != "none":
     ranks, in_flight = pipe.ranks(cfg, state_bytes(cfg), cpu)

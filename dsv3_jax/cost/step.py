@@ -14,7 +14,7 @@ import statistics
 from typing import Any
 
 from dsv3_jax import config, counts
-from dsv3_jax.cost import communication, operations, timing
+from dsv3_jax.cost import arrays, communication, operations, timing
 from dsv3_jax.cost.hardware import Hardware
 from dsv3_jax.model import cut
 from dsv3_jax.parallel import schedules
@@ -139,11 +139,12 @@ def estimate(cfg: config.Config, hw: Hardware, attended: int = 0) -> Estimate:
       other for that is not counted.
 
   Raises:
-    ConfigError: the hardware lacks a link that the mesh needs.
+    ConfigError: the hardware lacks a link that the mesh needs, or sequences are cut over devices.
     ValueError: the schedule has no order for so many ranks and micro-batches, or the layers do not
       fit the stages.
   """
   mesh, model = cfg.runtime.mesh, cfg.model
+  arrays.check(cfg.runtime)
   micro = cfg.data.micro_batch
   plan = _plan(cfg.runtime.schedule, mesh.pipe, cfg.data.batch_size // micro)
   kinds = cut.cut(model, plan.stages, cfg.runtime.pipeline.layers or None)
