@@ -97,7 +97,8 @@ def load_stages(spec: str, overrides: Sequence[tuple[str, str]], workdir: Path
   file without it.
 
   A stage is a dictionary of dotted keys and values that change `get_config(arg)`; the key "stage"
-  names it. Each but the first begins with the parameters of the one before.
+  names it. Each but the first begins with the parameters of the one before, or of an earlier one
+  that `train.init` names. In `distill.experts` too an earlier stage's name stands for its folder.
 
   Args:
     spec: as of `load_config`.
@@ -127,8 +128,17 @@ def load_stages(spec: str, overrides: Sequence[tuple[str, str]], workdir: Path
       config = _checked(base, path, [*common, *before, *made])
     except ConfigError as error:
       raise ConfigError(f"--config={path}, stage {name!r}: {error}") from error
+    config = _placed(config, {other: folder for other, folder, _ in found})
     found.append((name, str(workdir / f"{i + 1}-{name}"), config))
   return found
+
+
+def _placed(config: Config, folders: dict[str, str]) -> Config:
+  """The config with folders in the place of earlier stages' names."""
+  experts = [text.rpartition("=") for text in config.distill.experts]
+  return config_lib.replace(config, **{
+      "train.init": folders.get(config.train.init, config.train.init),
+      "distill.experts": tuple(folders.get(a, a) + equals + b for a, equals, b in experts)})
 
 
 def _checked(returned: Any, path: Path, changes: Sequence[tuple[str, Any]]) -> Config:

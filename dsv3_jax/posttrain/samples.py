@@ -10,7 +10,7 @@ so that a position is an epoch and a row.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,18 @@ def pack(lengths: Sequence[int], room: int, order: Sequence[int]) -> list[list[i
       free = [*free[-_OPEN + 1:], (room - lengths[i], len(rows))]
       rows.append([i])
   return rows
+
+
+def split(samples: Iterable[Any], fraction: float) -> tuple[list[Any], list[Any]]:
+  """Samples to train on, and held out: those whose tokens' hash falls into `fraction`.
+
+  So which are held out does not depend on the others.
+  """
+  held, kept = [], []
+  for sample in samples:
+    number = int.from_bytes(hashlib.blake2b(sample.tokens.tobytes(), digest_size=8).digest(), "big")
+    (held if number < fraction * 2**64 else kept).append(sample)
+  return kept, held
 
 
 class Samples:
@@ -159,8 +171,8 @@ class SampleIterator:
       self._row += 1
     self._step += 1
     micro = self._samples.micro_batch
-    batch = {k: np.stack([row[k] for row in found]).reshape(wanted // micro, micro, -1)
-             for k in found[0]}
+    batch = {k: np.stack([row[k] for row in found]).reshape(
+        wanted // micro, micro, *found[0][k].shape) for k in found[0]}
     return batch if self._rows is None else {k: v[:, list(self._rows)] for k, v in batch.items()}
 
   def get_state(self) -> dict[str, Any]:
