@@ -52,10 +52,11 @@ def test_frequencies(yarn, dim):
 
 @pytest.mark.parametrize("yarn", [V3.yarn, ODD])
 def test_yarn_equals_transformers(yarn):
-  """Oracle: transformers' ROPE_INIT_FUNCTIONS["yarn"], frequencies and attention factor."""
-  pytest.importorskip("torch")
+  """Oracle: transformers: ROPE_INIT_FUNCTIONS["yarn"], the scales of its DeepseekV3Attention."""
+  torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+  from transformers.models.deepseek_v3 import modeling_deepseek_v3
   cfg = dataclasses.replace(V3, yarn=yarn)
   longest = int(yarn.factor * yarn.original_length)
   scaling = {"rope_type": "yarn", "rope_theta": cfg.rope_theta, "factor": yarn.factor,
@@ -66,8 +67,11 @@ def test_yarn_equals_transformers(yarn):
       qk_rope_head_dim=cfg.rope_dim, qk_nope_head_dim=cfg.nope_dim, rope_theta=cfg.rope_theta,
       max_position_embeddings=longest, rope_scaling=scaling)
   frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, device="cpu")
-  assert_close(rope.inverse_frequencies(cfg), frequencies.numpy())
+  np.testing.assert_allclose(rope.inverse_frequencies(cfg), frequencies.numpy(), rtol=1e-6)
   np.testing.assert_allclose(rope.table_scale(cfg), factor, rtol=1e-6)
+  with torch.device("meta"):  # a whole layer's weights are not needed for its scale
+    layer = modeling_deepseek_v3.DeepseekV3Attention(theirs, 0)
+  np.testing.assert_allclose(rope.softmax_scale(cfg), layer.scaling, rtol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [(), (3,)])
