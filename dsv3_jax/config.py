@@ -714,7 +714,8 @@ class Config:
     _one_of("config", self, "kind", ("pretrain", "sft", "grpo", "reward", "distill"))
     for kind in ("sft", "grpo", "reward"):
       own = getattr(self, kind)
-      _require(self.kind != kind or bool(own.files or own.problems),
+      named = own.files or own.problems or (kind == "sft" and own.answers)
+      _require(self.kind != kind or bool(named),
                f"kind={kind!r}: name what to learn from in {kind}.files or {kind}.problems")
       _require(self.kind != kind or bool(self.train.init),
                f"kind={kind!r} begins with a trained model; name its workdir in train.init")
