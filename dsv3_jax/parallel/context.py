@@ -244,6 +244,8 @@ def _forward(how: _How, q_BTHK, kept_BT, params, segments_BT):
 
 
 def _backward(how: _How, q_BTHK, kept_BT, params, segments_BT, o_BTHU, lse, do_BTHU):
+  # Or the compiler would keep what the forward pass has gathered, for all layers.
+  kept_BT, do_BTHU = lax.optimization_barrier((kept_BT, do_BTHU))
   places = how.places(segments_BT)
   keys = jax.tree.map(lambda x: how.tiled(how.cut.whole(x)), kept_BT)
   q, o, do = (how.tiled(x).swapaxes(1, 2) for x in (q_BTHK, o_BTHU, do_BTHU))
