@@ -26,6 +26,7 @@ from dsv3_jax.posttrain.preferences import Preference
 from dsv3_jax.posttrain.problems import Problem, Reward, Score
 from dsv3_jax.posttrain.rewards import models
 from dsv3_jax.posttrain.samples import Samples
+from dsv3_jax.train import metrics
 
 NAME = "preference.json"
 SAMPLED = "preferences.jsonl"
@@ -39,8 +40,8 @@ Conversation = list[dict[str, str]]
 # --- what is trained on
 
 
-def gather(cfg: config.Config, tokenizer: Tokenizer, workdir: str, paths: Sequence[Path]
-           ) -> list[Preference]:
+def gather(cfg: config.Config, tokenizer: Tokenizer, workdir: str, paths: Sequence[Path],
+           ui: metrics.Silent) -> list[Preference]:
   """The preferences that `cfg.reward` names.
 
   Sampled answers are drawn once: WORKDIR/preferences.jsonl has the pairs made of them.
@@ -56,15 +57,17 @@ def gather(cfg: config.Config, tokenizer: Tokenizer, workdir: str, paths: Sequen
     return found + preferences.from_problems(problems, cfg.data.seed, steps)
   path = Path(workdir) / SAMPLED
   if not path.is_file():
-    made = preferences.from_answers(problems, sampled(cfg, problems), steps)
+    made = preferences.from_answers(problems, sampled(cfg, problems, ui), steps)
     if not made:
       raise ConfigError(f"reward.samples={own.samples}: of no problem was one answer right and "
                         "another wrong; take more samples or other problems")
     preferences.write(path, made)
+    ui.note(f"{len(made):,} pairs of a right and a wrong answer, in {path}")
   return found + preferences.read(path)
 
 
-def sampled(cfg: config.Config, problems: Sequence[Problem]) -> list[list[str]]:
+def sampled(cfg: config.Config, problems: Sequence[Problem], ui: metrics.Silent
+            ) -> list[list[str]]:
   """Answers of train.init's model, `reward.samples` of each problem; those cut off are left out."""
   from dsv3_jax.infer.sampler import Sampling
 
@@ -75,6 +78,7 @@ def sampled(cfg: config.Config, problems: Sequence[Problem]) -> list[list[str]]:
   found: list[list[str]] = [[] for _ in problems]
   for at in range(0, len(prompts), _ROWS):
     some = prompts[at:at + _ROWS]
+    ui.progress(f"answers of {cfg.train.init}: {at:,} of {len(prompts):,}", at / len(prompts))
     done = generator([tokens for _, tokens in some], own.new_tokens,
                      [Sampling(own.temperature, seed=cfg.data.seed + at + k)
                       for k in range(len(some))], stop=(tokenizer.eos,))

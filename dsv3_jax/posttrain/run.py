@@ -63,7 +63,13 @@ def _reward(cfg: config.Config, workdir: str, tokenizer: Tokenizer, how: dict[st
   if cfg.reward.samples and how.get("launch"):
     raise ConfigError("reward.samples draws answers in one process; run it alone, or give what it "
                       f"made ({reward_model.SAMPLED}) in reward.files")
-  found = reward_model.gather(cfg, tokenizer, workdir, _paths(cfg.reward.files, "reward.files"))
+  ui = how.get("ui") or metrics.terminal()
+  try:
+    found = reward_model.gather(cfg, tokenizer, workdir, _paths(cfg.reward.files, "reward.files"),
+                                ui)
+  finally:
+    if "ui" not in how:
+      ui.close()
   corpus = reward_model.corpus(cfg, tokenizer, found)
   cfg = _of_steps(cfg, math.ceil(cfg.reward.epochs * corpus.rows / cfg.data.batch_size))
   result = train.run(cfg, workdir, corpus=corpus, **reward_model.losses(cfg, tokenizer), **how)
