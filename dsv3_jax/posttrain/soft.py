@@ -152,8 +152,8 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, cfg: config.Dist
     model, loss, mtp_weight, runtime, denominator, share, axes: see there.
 
   Returns:
-    Scalar and metrics as there; "loss_sum" is the words' cross-entropy, and "more" has "kl": the
-    divergences' sum over all targets.
+    Scalar and metrics as there; "loss_sum" is the words' cross-entropy, and "more" has "kl_expert":
+    the divergence, as a mean over all targets, 0 for those without an expert.
   """
   K = model.cfg.mtp_depth
   hidden = _hidden(model, batch, runtime, loss, axes)
@@ -185,7 +185,7 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, cfg: config.Dist
       "tokens": weight_P.sum(),
       "mtp_tokens": jnp.stack([w.sum() for _, w in predicted[1:]]) if K else jnp.zeros(0),
       "correct": jnp.sum(weight_P * right_P), "counts_LE": counts_LE, "dropped": dropped,
-      "more": {"kl": jnp.sum(weight_P * kl_P) / denominator}, **balances})
+      "more": {"kl_expert": jnp.sum(weight_P * kl_P) / denominator}, **balances})
 
 
 def narrowed(top_NA: np.ndarray, top_logprob_NA: np.ndarray, rest_logprob_N: np.ndarray

@@ -220,7 +220,7 @@ def test_of_a_model():
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
   close(found, expected)
   jax.tree.map(close, own, gradient)
-  close(more.pop("more")["kl"], 0, atol=1e-5)
+  close(more.pop("more")["kl_expert"], 0, atol=1e-5)
   jax.tree.map(close, more, aux)
   # With alpha 1/4 three quarters of the first row's cross-entropy are gone.
   (_, first), _ = plain(params, words | {"mask": batch["mask"] * taught})
@@ -281,7 +281,7 @@ def test_distillation_goes_on_as_if_nothing_had_been(start, tmp_path, half):
   assert kinds.run(cfg, str(again), ui=runs.Notes()).finished and made() == before
   runs.assert_same(whole, again)
   row = test_run.steps(whole)[0]
-  assert 0 < row["kl"] < row["loss"]
+  assert 0 < row["kl_expert"] < row["loss"]
 
   report = json.loads(before["report.json"])
   (expert,) = report["experts"]
