@@ -72,12 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   needle.add_argument("--digits", type=int, metavar="N", help="of the value (default: 5)")
   needle.add_argument("--values", metavar="WORD,...",
                       help="words of which the value is one, in place of a number")
+  needle.add_argument("--keys", metavar="WORD,...",
+                      help="words of which the key is one, in place of one that is made up")
 
 
 _OF_ALL = ("json", "rows", "dtype", "cache", "weights")
 _OWN = {"text": ("stride", "window"), "needle": ("lengths", "depths", "needles", "filler",
                                                  "template", "digits", "values",
-                                                 "seed"),
+                                                 "keys", "seed"),
         "tasks": ("samples", "temperature", "top_p", "pass_at", "seed", "window")}
 
 
@@ -216,7 +218,8 @@ def _plan_needle(args: argparse.Namespace, rows: int) -> Callable[..., Any]:
   values = [] if args.values is None else args.values.split(",")
   if values and args.digits is not None:
     raise ConfigError("--digits and --values: a value is a number or a word; give one of the two")
-  needle.check(template, depths, digits, values)
+  keys = [] if args.keys is None else args.keys.split(",")
+  needle.check(template, depths, digits, values, keys)
   seed = args.seed or 0
   if not 0 <= seed < 2**32:
     raise ConfigError(f"--seed={seed} must lie between 0 and 2^32 - 1")
@@ -229,10 +232,11 @@ def _plan_needle(args: argparse.Namespace, rows: int) -> Callable[..., Any]:
     filler = needle.Filler(model.tokenizer, texts)
     sizes = lengths or [max(1, round(model.context * share)) for share in LENGTHS]
     stacks = [h for length in sizes for n in range(number)
-              for h in needle.make(filler, length, depths, n, seed, template, digits, values)]
+              for h in needle.make(filler, length, depths, n, seed, template, digits, values,
+                                   keys)]
     found = needle.measure(model.generator, model.tokenizer, stacks, rows, bar("needles"))
     return {**needle.summary(found), "template": template, "seed": seed,
-            "digits": 0 if values else digits, "values": values,
+            "digits": 0 if values else digits, "values": values, "keys": keys,
             "filler": args.filler or "plain sentences"}, found
 
   return measure

@@ -5,6 +5,7 @@
 | `stdlib` | the Python standard library's source on this machine, one a file |
 | file, folder or glob | `.jsonl` and `.parquet`: one a record; any other: one a file, UTF-8 |
 | `hf:NAME[:CONFIG][@SPLIT]` | one a record of a Hugging Face dataset, streamed |
+| `python:FILE.py:NAME[:ARG]` | generated: what the function NAME of a file yields, each a string |
 | `shards:DIR` | a corpus that `dsv3 tokenize` wrote (see shards.py) |
 
 Files ending in `.gz` (and `.zst`, with the package zstandard) are read through. `resolve`
@@ -25,6 +26,7 @@ import json
 import os
 import sys
 import sysconfig
+import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -56,14 +58,14 @@ class File:
 @dataclasses.dataclass(frozen=True)
 class Source:
   spec: str
-  kind: str  # files, hf or shards
+  kind: str  # files, hf, python or shards
   files: tuple[File, ...] = ()
   left_out: tuple[tuple[str, int], ...] = ()  # reason and number of files that are not in `files`
 
   @property
   def size(self) -> int:
-    """Bytes on disk; 0 where unknown."""
-    return sum(f.size for f in self.files)
+    """Bytes of text on disk; 0 where unknown."""
+    return 0 if self.kind == "python" else sum(f.size for f in self.files)
 
   def fingerprint(self) -> Any:
     """What identifies the contents without reading them; JSON-able."""
@@ -82,6 +84,10 @@ def resolve(spec: str, max_document_bytes: int) -> Source:
     _hf_name(spec)
     _need("datasets", spec)
     return Source(spec, "hf")
+  if spec.startswith("python:"):
+    path = os.path.abspath(_python_name(spec)[0])
+    stat = os.stat(path)
+    return Source(spec, "python", (File(path, stat.st_size, stat.st_mtime_ns, True),))
   if spec.startswith("shards:"):
     path = os.path.abspath(os.path.expanduser(spec.removeprefix("shards:")))
     if not os.path.isfile(os.path.join(path, "index.json")):
@@ -106,7 +112,7 @@ def resolve(spec: str, max_document_bytes: int) -> Source:
         raise ConfigError(f"data.sources: no file matches {spec!r}")
     else:
       raise ConfigError(f"data.sources: {spec!r} does not exist; give stdlib, a file, a folder, a "
-                        "glob, hf:NAME or shards:DIR")
+                        "glob, hf:NAME, python:FILE.py:NAME or shards:DIR")
   files = []
   for path in paths:
     stat = os.stat(path)
@@ -140,6 +146,9 @@ def documents(source: Source, text_key: str, max_document_bytes: int,
   skipped.update(dict(source.left_out))
   if source.kind == "hf":
     yield from _hf_documents(source.spec, text_key, max_document_bytes, skipped)
+    return
+  if source.kind == "python":
+    yield from _python_documents(source.spec, max_document_bytes, skipped)
     return
   files = source.files
   if mixed:
@@ -343,3 +352,35 @@ def _hf_documents(spec: str, text_key: str, limit: int, skipped: collections.Cou
         "configuration, the split and the network. Without a network, name files instead: the "
         "dataset's .parquet or .jsonl, or shards that `dsv3 tokenize` made where it is online"
     ) from error
+
+
+def _python_name(spec: str) -> tuple[str, str, tuple[str, ...]]:
+  """File, function and its arguments, none or one."""
+  path, _, rest = spec.removeprefix("python:").partition(":")
+  name, *arguments = rest.split(":", 1)
+  if not name.isidentifier():
+    raise ConfigError(f"data.sources: {spec!r} names no function; write python:FILE.py:NAME[:ARG]")
+  if not os.path.isfile(path):
+    raise ConfigError(f"data.sources: {spec!r}: there is no file {path!r}")
+  return path, name, tuple(arguments)
+
+
+def _python_documents(spec: str, limit: int, skipped: collections.Counter) -> Iterator[Document]:
+  path, name, arguments = _python_name(spec)
+  module = types.ModuleType("documents")
+  module.__file__ = path
+  with open(path, encoding="utf-8") as f:
+    exec(compile(f.read(), path, "exec"), module.__dict__)
+  function = getattr(module, name, None)
+  if not callable(function):
+    raise ConfigError(f"data.sources: {spec!r}: {path} has no function {name}")
+  for i, text in enumerate(function(*arguments)):
+    if not isinstance(text, str):
+      raise ConfigError(f"data.sources: {spec!r} gave {type(text).__name__}, not text, as its "
+                        f"document {i}")
+    document = Document(f"{spec}:{i}", text)
+    if text:
+      _check_length(document, limit)
+      yield document
+    else:
+      skipped["empty"] += 1

@@ -114,8 +114,8 @@ class Filler:
 
 
 def make(filler: Filler, length: int, depths: Sequence[float], number: int = 0, seed: int = 0,
-         template: str = TEMPLATE, digits: int = DIGITS, values: Sequence[str] = ()
-         ) -> list[Haystack]:
+         template: str = TEMPLATE, digits: int = DIGITS, values: Sequence[str] = (),
+         keys: Sequence[str] = ()) -> list[Haystack]:
   """Haystacks that differ by depth alone.
 
   Args:
@@ -126,16 +126,17 @@ def make(filler: Filler, length: int, depths: Sequence[float], number: int = 0, 
     template: the needle, with {key} and, later, {value}; the question is what stands before
       {value}.
     digits: of the value.
-    values: words of which it is one instead, for models that cannot copy numbers.
+    values, keys: words of which value and key are one instead, for models that cannot copy
+      numbers, or read a word that they never saw.
 
   Raises:
     ConfigError: a template without its two names in that order, a depth that is none, or a length
       that leaves no room for filler.
   """
-  check(template, depths, digits, values)
+  check(template, depths, digits, values, keys)
   tokenizer, rng = filler.tokenizer, np.random.default_rng([seed, number])
-  key = "".join(c for pair in zip(rng.choice(list("bdfgklmnprstvz"), 3),
-                                  rng.choice(list("aeiou"), 3), strict=True) for c in pair)
+  letters = zip(rng.choice(list("bdfgklmnprstvz"), 3), rng.choice(list("aeiou"), 3), strict=True)
+  key = str(rng.choice(keys)) if keys else "".join(c for pair in letters for c in pair)
   value = str(rng.choice(values) if values else rng.integers(10**(digits - 1), 10**digits))
   text = template.replace("{key}", key)
   asked, _, after = text.partition("{value}")
@@ -160,7 +161,7 @@ def make(filler: Filler, length: int, depths: Sequence[float], number: int = 0, 
 
 
 def check(template: str, depths: Sequence[float], digits: int = DIGITS,
-          values: Sequence[str] = ()) -> None:
+          values: Sequence[str] = (), keys: Sequence[str] = ()) -> None:
   """Errors of `make` that do not depend on a tokenizer."""
   key, value = template.find("{key}"), template.find("{value}")
   if not 0 <= key < value:
@@ -171,9 +172,10 @@ def check(template: str, depths: Sequence[float], digits: int = DIGITS,
                       "beginning) to 1 (the end)")
   if not 1 <= digits <= 18:
     raise ConfigError(f"{digits} digits; a value has from 1 to 18")
-  if values and (len(set(values)) < 2 or not all(v.strip() == v != "" for v in values)):
-    raise ConfigError(f"values {', '.join(map(repr, values))}: give two or more, without space "
-                      "around them")
+  for name, words in (("values", values), ("keys", keys)):
+    if words and (len(set(words)) < 2 or not all(w.strip() == w != "" for w in words)):
+      raise ConfigError(f"{name} {', '.join(map(repr, words))}: give two or more, without space "
+                        "around them")
 
 
 def measure(generator: Generator, tokenizer: Any, haystacks: Sequence[Haystack], rows: int = 8,

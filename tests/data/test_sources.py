@@ -96,6 +96,25 @@ def test_the_standard_library_is_a_source():
   assert paths == [f.path for f in sources.resolve("stdlib", 64 * 2**20).files]
 
 
+def test_a_function_of_a_file_is_a_source(tmp_path):
+  """Law: documents are what the function yields; a changed file is another source."""
+  path = tmp_path / "made.py"
+  path.write_text("def texts(n='2'):\n  for i in range(int(n)):\n    yield 'abc' * i\n"
+                  "def numbers(): return [1]\n")
+  read = lambda spec: [d.text for d in sources.documents(
+      sources.resolve(f"python:{path}:{spec}", LIMIT), "", LIMIT)]
+  assert read("texts") == ["abc"] and read("texts:4") == ["abc", "abcabc", "abcabcabc"]
+  source = sources.resolve(f"python:{path}:texts", LIMIT)
+  assert source.size == 0 and source.fingerprint() != sources.resolve(
+      f"python:{path}:texts:4", LIMIT).fingerprint()
+  path.write_text(path.read_text() + "\n")
+  assert source.fingerprint() != sources.resolve(f"python:{path}:texts", LIMIT).fingerprint()
+  for spec, message in (("numbers", "gave int, not text"), ("other", "has no function other"),
+                        ("texts:99999", "has 10,002 bytes")):
+    with pytest.raises(ConfigError, match=message):
+      read(spec)
+
+
 def test_a_hugging_face_dataset_is_streamed(monkeypatch):
   """Oracle: a stand-in for the datasets package that records its call."""
   calls = []
@@ -192,6 +211,8 @@ def test_a_long_document_is_an_error_in_a_folder_too(tmp_path):
     ("*.nothing", r"no file matches '\*.nothing'"),
     ("shards:absent", r"'shards:absent' has no index.json"),
     ("hf:", r"'hf:' names no dataset"),
+    ("python:absent.py:f", r"there is no file 'absent.py'"),
+    ("python:absent.py", r"names no function; write python:FILE.py:NAME"),
     ("", r"the folder '' has no files"),
 ])
 def test_a_missing_source_ends_in_one_clear_error(tmp_path, monkeypatch, spec, message):

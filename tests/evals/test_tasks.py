@@ -175,8 +175,11 @@ def test_haystacks(tokenizer):
   assert f"\n{code.key} = {code.value}\n" in tokenizer.decode(code.prompt)
   word, = needle.make(short, 90, (0.5,), values=("red", "blue"))
   assert word.value in ("red", "blue") and tokenizer.decode(word.answer) == f" {word.value}"
-  for wrong in (dict(values=("a", "a")), dict(length=20), dict(depths=(2,)), dict(depths=()),
-                dict(template="{value} {key}"), dict(digits=0)):
+  named, = needle.make(short, 90, (0.5,), keys=("ant", "bee"), seed=3)
+  assert named.key in ("ant", "bee")
+  assert f"number of {named.key} is" in tokenizer.decode(named.prompt)
+  for wrong in (dict(values=("a", "a")), dict(keys=("a",)), dict(length=20), dict(depths=(2,)),
+                dict(depths=()), dict(template="{value} {key}"), dict(digits=0)):
     with pytest.raises(ConfigError):
       needle.make(filler, **{"length": 400, "depths": (0,), **wrong})
 
