@@ -278,3 +278,15 @@ def measure(cfg: config.Config, workdir: str, found: Sequence[Preference]) -> di
               "yes_to_rejected": yes[1]}
   files.write_atomic(path, json.dumps(known, indent=1) + "\n")
   return known
+
+
+def said(found: dict[str, Any]) -> str:
+  """What `measure` found, as a line."""
+  if not found["pairs"]:
+    return "no pair is held out (data.validation_fraction): the reward model is not measured"
+  of = f"held-out pairs: {found['pairs']}, "
+  if found["form"] == "judge":
+    return (f"{of}{found['accuracy']:.1%} of verdicts right; yes to {found['yes_to_chosen']:.1%} "
+            f"of the better answers and {found['yes_to_rejected']:.1%} of the worse ones")
+  return (f"{of}{found['accuracy']:.1%} ± {found['error']:.1%} ranked right, mean margin "
+          f"{found['margin']:.2f}")

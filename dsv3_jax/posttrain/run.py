@@ -75,7 +75,8 @@ def _reward(cfg: config.Config, workdir: str, tokenizer: Tokenizer, how: dict[st
   result = train.run(cfg, workdir, corpus=corpus, **reward_model.losses(cfg, tokenizer), **how)
   if result.finished and result.first and not os.path.exists(
       os.path.join(workdir, reward_model.NAME)):
-    reward_model.measure(cfg, workdir, found)
+    measured = reward_model.measure(cfg, workdir, found)
+    (how.get("ui") or metrics.Lines()).note(reward_model.said(measured))
   return result
 
 

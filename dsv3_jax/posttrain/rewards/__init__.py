@@ -11,7 +11,8 @@
 | `code` | the last block of code, by tests in a sandbox | `extra["tests"]`, `["entry_point"]` |
 
 `judge` and `vote` ask a model; they are made by a factory from a generator and handed to `score`:
-`rewards.score(problems, answers, {"judge": rewards.judge(generator, tokenizer)})`.
+`rewards.score(problems, answers, {"judge": rewards.judge(generator, tokenizer)})`. Those and
+`preference`, a trained score, are made of a workdir by `reward_model.load`.
 
 Only the answer's final part counts, after its thoughts. Rules are used wherever they can be, as
 they leave less to be fooled; the attacks that they were written against are in the tests. At import
