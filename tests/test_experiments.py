@@ -1,10 +1,13 @@
 """Experiment files: each imported, its sweep expanded, every config built and shape-checked."""
 
+import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -12,8 +15,10 @@ from dsv3_jax import cli, config, counts
 from dsv3_jax.cli import configs
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model import loss as loss_lib
+from dsv3_jax.model import rope
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.sweep import arm as arm_lib
+from experiments import extend_tiny
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -125,3 +130,34 @@ def test_seeds_are_an_axis(tmp_path):
       ("a", 4, 2.0, 16), ("b", 4, 3.0, 8), ("a", 7, 2.0, 16), ("b", 7, 3.0, 8)]
   assert all(a.config.data.batch_size == 4 for a in arms)
   assert arm_lib.label({"optim.lr": 3.0, "train.seed": 1}) == "lr=3.0"
+
+
+def test_extension():
+  """Oracle: the report's phases (4.3): 8 and 32 times the length, equal tokens, a batch that shrinks
+  as the length grows, one rate, YaRN in both phases and not before; shares of its pairs."""
+  load = lambda arg: [s[2] for s in configs.load_stages(spec("extend_tiny", arg), (), Path("x"))]
+  first, one, two = load(None)
+  T = first.data.sequence_length
+  assert [c.data.sequence_length for c in (one, two)] == [8 * T, 32 * T]
+  assert one.data.batch_size == 4 * two.data.batch_size and one.train.tokens == two.train.tokens
+  assert one.optim.lr == two.optim.lr and one.optim.lr_constant_until == 1
+  yarn = one.model.attention.yarn
+  assert first.model.attention.yarn == config.Yarn() and two.model.attention.yarn == yarn
+  assert (yarn.factor, yarn.beta_slow, yarn.original_length) == (40, 1, T)
+  ours, theirs = (rope.inverse_frequencies(c) / rope.inverse_frequencies(
+      dataclasses.replace(c, yarn=config.Yarn())) for c in (one.model.attention, config.Attention(
+          rope_dim=64, yarn=config.Yarn(factor=40))))
+  for scale in (1, 1 / 40):  # left alone, and slowed in full
+    share, other = (np.isclose(x, scale).mean() for x in (ours, theirs))
+    assert abs(share - other) < 0.1
+  plain, bare = load("no_yarn"), load("untrained")
+  assert all(c.model.attention.yarn.factor == 1 for c in plain)
+  assert [c.data for c in plain] == [c.data for c in (first, one, two)]
+  assert len(bare) == 2 and bare[1].optim.lr == 0 and bare[1].model == two.model
+  with pytest.raises(ConfigError, match="no_yarn or untrained"):
+    load("other")
+  texts = list(itertools.islice(extend_tiny.documents("0"), 50))
+  for text in texts:  # what was told is asked for once, with its value
+    facts = [line for line in text.splitlines() if len(line.split()) == 2]
+    assert facts and all(facts.count(f) == 2 for f in facts)
+    assert len({f.split()[0] for f in facts}) == len(set(facts))
