@@ -133,7 +133,7 @@ def test_seeds_are_an_axis(tmp_path):
 
 
 def test_extension():
-  """Oracle: the report's phases (4.3): 8 and 32 times the length, equal tokens, a batch that shrinks
+  """Oracle: the report (4.3): 8 and 32 times the length, equal tokens, a batch that shrinks
   as the length grows, one rate, YaRN in both phases and not before; shares of its pairs."""
   load = lambda arg: [s[2] for s in configs.load_stages(spec("extend_tiny", arg), (), Path("x"))]
   first, one, two = load(None)
