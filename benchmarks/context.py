@@ -52,8 +52,9 @@ def layers(arm: str, devices: int, tokens: int, cfg):
   def heads(m, x_BTD, cos, sin, cut):
     first, z_BTZ = m.down(x_BTD)
     whole = mla.expand(m.w_ukv_CHW[...], m.latents(z_BTZ, cos, sin), cfg.attention.nope_dim)
-    o_BTHU = context.attend(m.queries(first, cos, sin), whole, lambda _, kept: kept, (), None, cut,
-                            scale=rope.softmax_scale(cfg.attention))
+    o_BTHU = context.attend(
+        m.queries(first, cos, sin), whole, lambda params, fixed, kept: kept, (), None, cut,
+        scale=rope.softmax_scale(cfg.attention))
     return attention.output(o_BTHU, m.w_o_HUD[...], None)
 
   def local(params, x_BTD, dy_BTD):

@@ -387,8 +387,10 @@ class Runtime:
                f"schedule={self.schedule}); set {s}.mesh.pipe=1 and schedule='none'")
       _require(self.attention in ("auto", "xla"), f"{here} has a blockwise attention of its own; "
                f"set {s}.attention='auto', not {self.attention!r}")
-      _require(self.recipe == "none", f"{here} is not combined with {s}.recipe={self.recipe!r}; "
-               "set it to 'none'")
+      delayed = [k for k, v in dataclasses.asdict(self.fp8).items() if "delayed" in str(v)]
+      _require(self.recipe != "per_tensor_delayed" and not delayed,
+               f"{here} is not combined with delayed scaling ({s}.recipe={self.recipe!r}"
+               f"{', '.join(['', *delayed])}); use another recipe")
     sent = self.dispatch.activations or self.dispatch.gradients
     _require(not sent or self.recipe == "none",
              f"{s}.dispatch.activations and gradients are for {s}.recipe=none; under "

@@ -22,6 +22,7 @@ The absorbed form that decoding uses reads the same parameters: fold w_ukv[:, h,
 and attention runs against (c_KV, k_R) itself.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -51,6 +52,12 @@ def expand(w_ukv_CHW: jax.Array | weights.Weight, latents: tuple[jax.Array, jax.
   shared_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None],
                                  (*kv_BTHW.shape[:3], k_rope_BTR.shape[-1]))
   return jnp.concatenate([kv_BTHW[..., :nope], shared_BTHR], axis=-1), kv_BTHW[..., nope:]
+
+
+def _expand(params, fixed, latents, nope: int, recipe: Recipe | None):
+  """`expand` as `context.attend` takes it: the master apart from its quantized forms."""
+  w_ukv_CHW = params if fixed is None else dataclasses.replace(fixed, master=params)
+  return expand(w_ukv_CHW, latents, nope, recipe)
 
 
 class MLA(nnx.Module):
@@ -126,10 +133,12 @@ class MLA(nnx.Module):
       q_BTHK = self.queries(first, cos, sin, recipe)
       latents, N, w_ukv_CHW = self.latents(z_BTZ, cos, sin), self.cfg.nope_dim, self.w_ukv_CHW[...]
       if context is not None:
+        master, fixed = w_ukv_CHW, None
+        if isinstance(w_ukv_CHW, weights.Weight):
+          master, fixed = w_ukv_CHW.master, dataclasses.replace(w_ukv_CHW, master=None)
         o_BTHU = context_lib.attend(
-            q_BTHK, latents, functools.partial(expand, nope=N, recipe=recipe), w_ukv_CHW,
-            segments_BT, context, scale=rope.softmax_scale(self.cfg),
-            block=runtime.attention_block)
+            q_BTHK, latents, functools.partial(_expand, nope=N, recipe=recipe), master, segments_BT,
+            context, scale=rope.softmax_scale(self.cfg), block=runtime.attention_block, fixed=fixed)
         return attention.output(o_BTHU, self.w_o_HUD[...], recipe)
       k_BTHK, v_BTHU = expand(w_ukv_CHW, latents, N, recipe)
     return attention.attend(q_BTHK, k_BTHK, v_BTHU, self.w_o_HUD[...], segments_BT, self.cfg,

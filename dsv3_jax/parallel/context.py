@@ -100,27 +100,29 @@ def default_block(length: int, chunk: int) -> int:
   return min(int(np.clip(length // 16 // 64 * 64, 64, 512)), chunk)
 
 
-def attend(q_BTHK: jax.Array, kept_BT: Any, expand: Callable[[Any, Any], tuple], params: Any,
-           segments_BT: jax.Array | None, cut: Cut, *, scale: float, block: int = 0) -> jax.Array:
+def attend(q_BTHK: jax.Array, kept_BT: Any, expand: Callable[[Any, Any, Any], tuple], params: Any,
+           segments_BT: jax.Array | None, cut: Cut, *, scale: float, block: int = 0,
+           fixed: Any = None) -> jax.Array:
   """Causal attention of this device's queries to all devices' tokens before them.
 
   Args:
     q_BTHK: queries of this device's T / C tokens.
     kept_BT: what keys and values are made of, a tree of [B, T / C, ...] for the same tokens: this
       is what travels.
-    expand: (params, `kept_BT` of s tokens) to keys [B, s, H, K] and values [B, s, H, U].
+    expand: (params, fixed, `kept_BT` of s tokens) to keys [B, s, H, K] and values [B, s, H, U].
     params: its parameters, a tree; differentiated, and each device has its own gradient.
     segments_BT: int32 of whole sequences, [B, T]; a query sees its own segment alone. None: all.
     cut: of the sequences.
     scale: factor on the scores.
     block: rows of a tile; 0: `default_block`.
+    fixed: what else `expand` takes, a tree; not differentiated.
 
   Returns:
     [B, T / C, H, U] in the dtype of the queries; softmax in fp32.
   """
   axes = tuple(sorted(frozenset({cut.axis}).union(
-      *map(sharding.varies, jax.tree.leaves((q_BTHK, kept_BT, params, segments_BT))))))
-  given = sharding.varying((q_BTHK, kept_BT, params, segments_BT), axes)
+      *map(sharding.varies, jax.tree.leaves((q_BTHK, kept_BT, params, fixed, segments_BT))))))
+  given = sharding.varying((q_BTHK, kept_BT, params, fixed, segments_BT), axes)
   how = _How(cut, expand, scale, min(block or default_block(cut.length, cut.chunk), cut.chunk),
              axes)
   with jax.named_scope("context_attention"):
@@ -192,9 +194,9 @@ class _How:
                for x, f in zip(pair, fill, strict=True)]
     return queries[0], keys[0], queries[1], keys[1]
 
-  def expanded(self, params: Any, keys: Any, j) -> tuple[jax.Array, jax.Array]:
+  def expanded(self, params: Any, fixed: Any, keys: Any, j) -> tuple[jax.Array, jax.Array]:
     """Keys [B, H, s, K] and values [B, H, s, U] of block j."""
-    k, v = self.expand(params, jax.tree.map(lambda x: self.block(x, j, 1), keys))
+    k, v = self.expand(params, fixed, jax.tree.map(lambda x: self.block(x, j, 1), keys))
     return k.swapaxes(1, 2), v.swapaxes(1, 2)
 
   def scores(self, q, k, i, j, places) -> jax.Array:
@@ -212,16 +214,16 @@ def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _forward(how: _How, q_BTHK, kept_BT, params, segments_BT):
+def _forward(how: _How, q_BTHK, kept_BT, params, fixed, segments_BT):
   """Output [B, T / C, H, U] and log-sum-exp fp32 [B, H, tiled T / C]."""
   places = how.places(segments_BT)
   keys = jax.tree.map(lambda x: how.tiled(how.cut.whole(x)), kept_BT)
   q = how.tiled(q_BTHK).swapaxes(1, 2)
   B, H, T, _ = q.shape
-  U = jax.eval_shape(functools.partial(how.expanded, j=0), params, keys)[1].shape[-1]
+  U = jax.eval_shape(functools.partial(how.expanded, j=0), params, fixed, keys)[1].shape[-1]
 
   def over_keys(j, carry):
-    k, v = how.expanded(params, keys, j)
+    k, v = how.expanded(params, fixed, keys, j)
 
     def over_queries(i, carry):
       o, top, z = carry  # output so far (unnormalised), running maximum, running sum
@@ -243,7 +245,7 @@ def _forward(how: _How, q_BTHK, kept_BT, params, segments_BT):
   return how.untiled(o.swapaxes(1, 2)), top + jnp.log(z)
 
 
-def _backward(how: _How, q_BTHK, kept_BT, params, segments_BT, o_BTHU, lse, do_BTHU):
+def _backward(how: _How, q_BTHK, kept_BT, params, fixed, segments_BT, o_BTHU, lse, do_BTHU):
   # Or the compiler would keep what the forward pass has gathered, for all layers.
   kept_BT, do_BTHU = lax.optimization_barrier((kept_BT, do_BTHU))
   places = how.places(segments_BT)
@@ -254,7 +256,7 @@ def _backward(how: _How, q_BTHK, kept_BT, params, segments_BT, o_BTHU, lse, do_B
   def over_keys(j, carry):
     dq, dkeys, dparams = carry
     here = jax.tree.map(lambda x: how.block(x, j, 1), keys)
-    (k, v), pull = jax.vjp(how.expand, params, here)
+    (k, v), pull = jax.vjp(lambda params, here: how.expand(params, fixed, here), params, here)
     kinds = k.dtype, v.dtype
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
@@ -282,7 +284,7 @@ def _backward(how: _How, q_BTHK, kept_BT, params, segments_BT, o_BTHU, lse, do_B
   like = lambda tree, given: jax.tree.map(lambda x, y: x.astype(y.dtype), tree, given)
   dkept = jax.tree.map(lambda x: how.cut.summed(how.untiled(x)), dkeys)
   dq = how.untiled(dq.swapaxes(1, 2))
-  return dq.astype(q.dtype), like(dkept, kept_BT), like(dparams, params), None
+  return dq.astype(q.dtype), like(dkept, kept_BT), like(dparams, params), None, None
 
 
 def _fp32(tree: Any) -> Any:
@@ -290,14 +292,14 @@ def _fp32(tree: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, q_BTHK, kept_BT, params, segments_BT):
-  return _forward(how, q_BTHK, kept_BT, params, segments_BT)[0]
+def _attend(how, *given):
+  return _forward(how, *given)[0]
 
 
-def _fwd(how, q_BTHK, kept_BT, params, segments_BT):
-  o, lse = _forward(how, q_BTHK, kept_BT, params, segments_BT)
+def _fwd(how, *given):
+  o, lse = _forward(how, *given)
   o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
-  return o, (q_BTHK, kept_BT, params, segments_BT, o, lse)
+  return o, (*given, o, lse)
 
 
 def _bwd(how, residuals, do):

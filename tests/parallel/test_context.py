@@ -31,7 +31,8 @@ def held(length):
   return np.concatenate([chunks[[d, 2 * SHARDS - 1 - d]].ravel() for d in range(SHARDS)])
 
 
-def expand(w_CHW, latents):
+def expand(w_CHW, fixed, latents):
+  del fixed
   c_BTC, k_BTR = latents
   kv_BTHW = jnp.einsum("btc,chw->bthw", c_BTC, w_CHW)
   shared_BTHR = jnp.broadcast_to(k_BTR[:, :, None], (*kv_BTHW.shape[:3], R))
@@ -68,7 +69,7 @@ def test_attention_and_its_gradients():
   scale = 0.7
 
   def one(q_BTHK, latents, w_CHW):
-    k_BTHK, v_BTHU = expand(w_CHW, latents)
+    k_BTHK, v_BTHU = expand(w_CHW, None, latents)
     return reference.attention(q_BTHK, k_BTHK, v_BTHU, scale=scale, segments_BT=segments)
 
   def local(q_BTHK, latents, w_CHW):
