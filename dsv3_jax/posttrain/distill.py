@@ -82,6 +82,11 @@ class SoftSamples(Samples):
           made[name][where] = values
     return made
 
+  def validation_batches(self, batch_size: int, limit: int = 0) -> list[dict[str, np.ndarray]]:
+    """As there: validation is of words."""
+    return [{name: x for name, x in batch.items() if name not in soft.ARRAYS}
+            for batch in super().validation_batches(batch_size, limit)]
+
 
 def corpus(cfg: config.Config, workdir: str, tokenizer: Tokenizer,
            others: Callable[[], list[Conversation]], ui: metrics.Silent) -> Samples:

@@ -325,9 +325,10 @@ def test_places_of_probabilities(start, tmp_path):
   loaded = teachers.load(taught, tmp_path)
   encoded = [messages.encode(t.conversation, tokenizer) for t in taught]
   softened = [distill.Soft(*e, k) for e, k in zip(encoded, loaded)]
-  corpus = distill.SoftSamples(softened, (), tokenizer, 200, 4, 0, top=3)
+  corpus = distill.SoftSamples(softened, softened, tokenizer, 200, 4, 0, top=3)
   params, buffers, _ = checkpoint.load_params(str(start))
   run = soft.teacher(cfg.model, cfg.runtime, 3)
+  assert corpus.validation_batches(1)[0].keys() == {"tokens", "segments", "mask"}
   row = corpus.row([2, 1], softened)
   n = len(encoded[2].tokens)
   assert not row["taught"][:n].any()
