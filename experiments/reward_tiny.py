@@ -25,13 +25,14 @@ def get_config(arg: str | None = None) -> Config:
   if arg not in ARMS:
     raise ConfigError(f"experiments/reward_tiny.py:{arg}: the argument is one of {', '.join(ARMS)}")
   form = {
-      "score": {}, "corrupted": {"reward.samples": 0},
+      "score": {},
+      "corrupted": {"reward.samples": 0, "reward.problems": ("add:0:1000",), "reward.epochs": 1.0},
       "thought": {"reward.thought": True, "reward.text": 1.0},
       "judge": {"reward.form": "judge", "data.sequence_length": 512}}[arg]
   return replace(tiny.get_config(), **{
       "kind": "reward", "train.init": "runs/posttrain_tiny/2-sft", "data.seed": 1,
       "data.isolate": True, "data.validation_fraction": 0.2, "reward.problems": ("add:0:250",),
-      "reward.samples": 8, "reward.epochs": 4.0, "reward.new_tokens": 96, "optim.lr": 3e-4,
+      "reward.samples": 8, "reward.epochs": 4.0, "reward.new_tokens": 96, "optim.lr": 1e-3,
       "optim.warmup_steps": 10, "optim.lr_constant_until": 0.0, "optim.lr_cosine_until": 1.0,
-      "optim.lr_final": 3e-5, "optim.lr_last_from": 1.0, "optim.ema_decay": 0.0,
+      "optim.lr_final": 1e-4, "optim.lr_last_from": 1.0, "optim.ema_decay": 0.0,
       "loss.bias_speed": 0.0, "train.eval_every": 25, "train.sample_tokens": 0, **form})

@@ -129,41 +129,20 @@ def losses(cfg: config.Config, tokenizer: Tokenizer) -> dict[str, Callable]:
 
 
 class _Model:
-  """A reward model of a workdir, read when it is first asked."""
+  """A reward model of a workdir; its parts are read when they are first asked for."""
 
   def __init__(self, cfg: config.Reward):
-    self._cfg, self._generator, self._scorer = cfg, None, None
-    self.tokenizer: Any = None
+    trained.check(cfg.model)
+    self._cfg = cfg
 
-  def __call__(self, prompts: Any, steps: int, sampling: Any, stop: Any) -> list[Any]:
-    """As `infer.generate.Generator`."""
-    if self._generator is None:
-      self._generator = trained.load(self._cfg.model).generator
-    return self._generator(prompts, steps, sampling, stop=stop)
+  @functools.cached_property
+  def written(self) -> trained.Trained:
+    """The model that writes, with its tokenizer."""
+    return trained.load(self._cfg.model)
 
-  def scores(self, conversations: Sequence[Conversation]) -> list[tuple[float, str]]:
-    """Of conversations that end with an answer: the score, and the thought before it or ""."""
-    if self._scorer is None:
-      self._read()
-    tokenizer = self.tokenizer
-    if not self._thinks:
-      sequences = [[t for part in chat.parts(c, tokenizer) for t in part.tokens]
-                   for c in conversations]
-      return [(score, "") for score in self._scorer(sequences)]
-    from dsv3_jax.infer.sampler import GREEDY
-
-    prompts = [chat.prompt([*c, {"role": "user", "content": preferences.ASK}], tokenizer)
-               for c in conversations]
-    written: dict[int, list[int]] = {}
-    for rows in models.batches([-(-len(p) // 64) for p in prompts], _ROWS):
-      done = self([prompts[i] for i in rows], self._cfg.new_tokens, [GREEDY] * len(rows),
-                  stop=(tokenizer.eos,))
-      written.update({i: list(c.tokens) for i, c in zip(rows, done, strict=True)})
-    sequences = [[*p, *written[i], tokenizer.eos] for i, p in enumerate(prompts)]
-    return [(score, tokenizer.decode(written[i]).strip())
-            for i, score in enumerate(self._scorer(sequences))]
-
-  def _read(self) -> None:
+  @functools.cached_property
+  def scored(self) -> tuple[config.Config, Tokenizer, Callable[..., list[float]]]:
+    """Its run, its tokenizer, and scores of token sequences."""
     from dsv3_jax.posttrain import scores
     from dsv3_jax.train import checkpoint
 
@@ -173,8 +152,26 @@ class _Model:
       raise ConfigError(f"reward.model={self._cfg.model!r} is a run of kind={of.kind!r}"
                         f"{f', form {of.reward.form!r}' if of.kind == 'reward' else ''}; "
                         "'preference' needs one of kind='reward' with reward.form='score'")
-    self._thinks = of.reward.thought
-    self._scorer = scores.Scorer(of, params, buffers, self.tokenizer.pad)
+    tokenizer = Tokenizer.load(str(Path(self._cfg.model) / "tokenizer.json"), of.model.vocab_size)
+    return of, tokenizer, scores.Scorer(of, params, buffers, tokenizer.pad)
+
+  def scores(self, conversations: Sequence[Conversation]) -> list[tuple[float, str]]:
+    """Of conversations that end with an answer: the score, and the thought before it or ""."""
+    of, tokenizer, scorer = self.scored
+    if not of.reward.thought:
+      return [(score, "") for score in scorer(
+          [[t for part in chat.parts(c, tokenizer) for t in part.tokens] for c in conversations])]
+    from dsv3_jax.infer.sampler import GREEDY
+
+    prompts = [chat.prompt([*c, {"role": "user", "content": preferences.ASK}], tokenizer)
+               for c in conversations]
+    thoughts: dict[int, list[int]] = {}
+    for rows in models.batches([-(-len(p) // 64) for p in prompts], _ROWS):
+      done = self.written.generator([prompts[i] for i in rows], self._cfg.new_tokens,
+                                    [GREEDY] * len(rows), stop=(tokenizer.eos,))
+      thoughts.update({i: list(c.tokens) for i, c in zip(rows, done, strict=True)})
+    found = scorer([[*p, *thoughts[i], tokenizer.eos] for i, p in enumerate(prompts)])
+    return [(score, tokenizer.decode(thoughts[i]).strip()) for i, score in enumerate(found)]
 
 
 def load(cfg: config.Reward) -> dict[str, Reward]:
@@ -187,17 +184,15 @@ def load(cfg: config.Reward) -> dict[str, Reward]:
     ConfigError: the workdir holds no run. When "preference" is first asked: its run is of another
       kind.
   """
-  model = _opened(cfg)
-  asks = dict(generator=model, tokenizer=model.tokenizer, steps=cfg.new_tokens)
-  return {"preference": _preference(model), "judge": rewards.judge(**asks),
-          "vote": rewards.vote(**asks, votes=cfg.votes, temperature=cfg.temperature)}
-
-
-def _opened(cfg: config.Reward) -> _Model:
-  trained.check(cfg.model)
   model = _Model(cfg)
-  model.tokenizer = Tokenizer.load(str(Path(cfg.model) / "tokenizer.json"))
-  return model
+  asked = lambda make, **more: _asked(model, functools.partial(make, steps=cfg.new_tokens, **more))
+  return {"preference": _preference(model), "judge": asked(rewards.judge),
+          "vote": asked(rewards.vote, votes=cfg.votes, temperature=cfg.temperature)}
+
+
+def _asked(model: _Model, make: Callable[..., Reward]) -> Reward:
+  return lambda problems, answers: make(model.written.generator, model.written.tokenizer)(
+      problems, answers)
 
 
 def _preference(model: _Model) -> Reward:
@@ -261,9 +256,8 @@ def measure(cfg: config.Config, workdir: str, found: Sequence[Preference]) -> di
   own = dataclasses.replace(cfg.reward, model=workdir, votes=1)
   mean = lambda values: sum(values) / len(values)
   if own.form == "score":
-    model = _opened(own)
-    scored = model.scores([[*p.messages, {"role": "assistant", "content": a}]
-                           for p in held for a in (p.chosen, p.rejected)])
+    scored = _Model(own).scores([[*p.messages, {"role": "assistant", "content": a}]
+                                 for p in held for a in (p.chosen, p.rejected)])
     margins = [a[0] - b[0] for a, b in zip(scored[::2], scored[1::2], strict=True)]
     accuracy = mean([0.5 if m == 0 else float(m > 0) for m in margins])
     known |= {"accuracy": accuracy, "margin": mean(margins),
@@ -271,7 +265,8 @@ def measure(cfg: config.Config, workdir: str, found: Sequence[Preference]) -> di
   else:
     problems = [dataclasses.replace(p.problem, reward=(("judge" if p.reference else "vote", 1.0),))
                 for p in held]
-    asked = [rewards.score(problems, [getattr(p, side) for p in held], load(own))
+    model = load(own)
+    asked = [rewards.score(problems, [getattr(p, side) for p in held], model)
              for side in ("chosen", "rejected")]
     yes = [mean([s.value for s in scores]) for scores in asked]
     known |= {"accuracy": (yes[0] + 1 - yes[1]) / 2, "yes_to_chosen": yes[0],

@@ -181,12 +181,13 @@ def test_learned_and_asked_by_grpo(first, tmp_path):
   mixed = made(160, 3) + made(80, 4, swap=True)
   preferences.write(tmp_path / "all.jsonl", mixed)
   model = tmp_path / "reward"
-  assert kinds.run(asked(first, **{
-      "kind": "reward", "model.mtp_depth": 0, "reward.files": (str(tmp_path / "all.jsonl"),), "reward.epochs": 6.0,
-      "data.sequence_length": 64, "data.batch_size": 16, "data.validation_fraction": 0.4,
-      "optim.lr": 3e-2, "optim.lr_final": 3e-2, "optim.lr_last": 3e-2, "train.eval_every": 100,
-      "train.eval_batches": 100, "train.checkpoint_every": 100}), str(model), ui=runs.Notes()
-      ).finished
+  learn = asked(first, **{
+      "kind": "reward", "model.mtp_depth": 0, "reward.epochs": 6.0,
+      "reward.files": (str(tmp_path / "all.jsonl"),), "data.sequence_length": 64,
+      "data.batch_size": 16, "data.validation_fraction": 0.4, "optim.lr": 3e-2,
+      "optim.lr_final": 3e-2, "optim.lr_last": 3e-2, "train.eval_every": 100,
+      "train.eval_batches": 100, "train.checkpoint_every": 100})
+  assert kinds.run(learn, str(model), ui=runs.Notes()).finished
   load = reward_model.load(config.Reward(model=str(model)))
   held = preferences.split(mixed, 0.4)[1]
   scored = [[s.value for s in load["preference"]([p.problem for p in held],
@@ -205,8 +206,9 @@ def test_learned_and_asked_by_grpo(first, tmp_path):
   row = [r for r in rows if r["kind"] == "train"][-1]
   assert row["margin"] == pytest.approx(row["chosen_score"] - row["rejected_score"], abs=1e-4)
 
-  asking = grpo(first, **{"grpo.rollouts": 2, "grpo.prompts": 2, "grpo.group": 4,
-                          "model.mtp_depth": 0, "reward.model": str(model), "reward.names": ("preference:1",)})
+  asking = grpo(first, **{
+      "grpo.rollouts": 2, "grpo.prompts": 2, "grpo.group": 4, "model.mtp_depth": 0,
+      "reward.model": str(model), "reward.names": ("preference:1",)})
   assert kinds.run(asking, str(tmp_path / "grpo"), ui=runs.Notes()).finished
   text = (tmp_path / "grpo" / "transcripts.jsonl").read_text()
   lines = [json.loads(x) for x in text.splitlines()]
@@ -251,8 +253,9 @@ def test_words_before_the_score(tokenizer, monkeypatch, tmp_path):
   score, = rewards.score([problem], ["2"], reward_model.load(cfg))
   assert score.value == 1 and len(told) == 4 and "3 of 3 votes" in score.why
   assert told[0][1] == 0 and told[1][1] == 1 and "Reference" in told[0][0]
-  model = reward_model._opened(cfg)
-  model._thinks, model._scorer = True, lambda sequences: [float(len(s)) for s in sequences]
+  model = reward_model._Model(cfg)
+  of = config.replace(config.Config(), **{"reward.text": 1.0, "reward.thought": True})
+  model.scored = of, tokenizer, lambda sequences: [float(len(s)) for s in sequences]
   sequence = chat.parts(preferences.answered(
       Preference(problem.messages, "2", "3", "Yes, it is.", "x"), True, True), tokenizer)
   found, = model.scores([[*problem.messages, {"role": "assistant", "content": "2"}]])
