@@ -459,7 +459,7 @@ class Loss:
 class Data:
   """Corpus, tokenizer, packing and batches (report 4.1)."""
 
-  sources: tuple[str, ...] = ("stdlib",)  # stdlib | glob, file or folder | hf:NAME | shards:DIR
+  sources: tuple[str, ...] = ("stdlib",)  # stdlib, a path, hf:NAME, ...; see data/sources.py
   weights: tuple[float, ...] = ()  # one a source, or empty for sampling in proportion to size
   text_key: str = "text"  # field of JSONL, Parquet and Hugging Face records
   tokenizer: str = ""  # a tokenizer.json; empty trains one on the sources
