@@ -63,7 +63,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", default="runs/extension", type=Path)
   parser.add_argument("--seeds", default=1, type=int)
-  parser.add_argument("--needles", default=8, type=int, help="a cell and seed")
+  parser.add_argument("--needles", default=4, type=int, help="a cell and seed")
   args = parser.parse_args()
   models = []
   for name, (arg, stage) in ARMS.items():

@@ -79,7 +79,7 @@ def stages(arg: str | None = None) -> Iterator[dict[str, Any]]:
            **yarn, **_long(1)}
     return
   for i, name in ((1, "extend_1"), (2, "extend_2")):
-    yield {"stage": name, "train.tokens": 60 * TOKENS, "train.eval_every": 20, "optim.lr": 5e-4,
+    yield {"stage": name, "train.tokens": 40 * TOKENS, "train.eval_every": 20, "optim.lr": 5e-4,
            "optim.lr_constant_until": 1.0, **still, **yarn, **_long(i)}
 
 
