@@ -70,7 +70,7 @@ def main() -> None:
     found = [one for seed in range(args.seeds)
              for one in asked(trained(arg, seed, args.workdir) / stage, seed, args.needles)]
     models.append((name, needle.summary(found)))
-  needle_plot.write(needle_plot.draw(models, extend_tiny.LENGTHS[0]), FIGURE)
+  needle_plot.write(needle_plot.draw(models, extend_tiny.LENGTHS[0], "pretrained on"), FIGURE)
   files.write_atomic(FIGURE.with_suffix(".json"), json.dumps(dict(models), indent=1) + "\n")
   print("| arm | " + " | ".join(f"{n:,}" for n in LENGTHS) + " |\n" + "|---" * 7 + "|")
   for name, values in models:

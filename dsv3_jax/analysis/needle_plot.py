@@ -18,12 +18,14 @@ _MAPS = (("recall", "value written (recall)", "viridis", "{:.0%}"),
          ("bits", "bits of the value", "viridis_r", "{:.1f}"))
 
 
-def draw(models: Sequence[tuple[str, Mapping[str, Any]]], trained: int = 0) -> Figure:
+def draw(models: Sequence[tuple[str, Mapping[str, Any]]], trained: int = 0,
+         how: str = "trained to see") -> Figure:
   """Recall and bits over length (to the right) and depth (down): a row of two maps a model.
 
   Args:
     models: name of each and what `evals.needle.summary` gave; all of the same lengths and depths.
     trained: tokens that the models were trained to see: a dashed line after them; 0: none.
+    how: what is said of these tokens.
   """
   lengths, depths = models[0][1]["lengths"], models[0][1]["depths"]
   wide = 1.9 + 0.62 * len(lengths)
@@ -34,7 +36,7 @@ def draw(models: Sequence[tuple[str, Mapping[str, Any]]], trained: int = 0) -> F
     for axes, (key, title, colours, form) in zip(row, _MAPS, strict=True):
       top = 1.0 if key == "recall" else max(most, 1e-6)
       _map(axes, np.array(values["grid"][key]).T, top, colours, form)
-      _label(axes, lengths, depths, trained)
+      _label(axes, lengths, depths, trained, how)
       axes.set_title(f"{name}: {title}" if name else title, loc="left", fontsize=9.5,
                      color=plots.TEXT)
   return figure
@@ -64,7 +66,8 @@ def _map(axes: Axes, values_YX: np.ndarray, top: float, colours: str, form: str)
   bar.outline.set_visible(False)
 
 
-def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float], trained: int) -> None:
+def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float], trained: int,
+           how: str) -> None:
   axes.set_xticks(np.arange(len(lengths)) + 0.5, [f"{n:,}" for n in lengths],
                   rotation=30 if len(lengths) > 6 else 0)
   axes.set_yticks(np.arange(len(depths)) + 0.5, [f"{100 * d:.3g} %" for d in depths])
@@ -72,6 +75,6 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float], trained:
   axes.set_ylabel("depth of the needle", color=plots.TEXT)
   within, words = sum(n <= trained for n in lengths), "tokens"
   if 0 < within < len(lengths):
-    words = f"tokens (trained to see {trained:,}: dashed)"
+    words = f"tokens ({how} {trained:,}: dashed)"
     axes.axvline(within, color=plots.TEXT, linewidth=1.4, linestyle=(0, (4, 2)))
   axes.set_xlabel(words, color=plots.TEXT)
