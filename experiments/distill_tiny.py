@@ -8,9 +8,9 @@ words, or by its probabilities too.
 
 Run:      dsv3 train --config=experiments/distill_tiny.py
 Arg:      workdir of a pretrained run, in place of the first stage
-Cost:     20 minutes on 2 CPU cores: pretraining 5, each arm 3 to 4
-Expected: runs/distill_tiny/stages.md has share solved and tokens of an answer of each arm: the
-          distilled students solve more and write several times as much. LOG.md has a run.
+Cost:     not measured yet; meant for 20 minutes on 2 quiet CPU cores
+Expected: runs/distill_tiny/stages.md has share solved and tokens of an answer of each arm. Not run
+          as a whole yet; LOG.md has one arm of it from other checkpoints.
 """
 
 from collections.abc import Iterator
