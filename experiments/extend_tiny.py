@@ -10,8 +10,11 @@ Run:      dsv3 train --config=experiments/extend_tiny.py
 Arg:      no_yarn   the same training, plain RoPE throughout
           untrained   YaRN put on the pretrained model, without further training
 Cost:     10 minutes on a CPU core for an arm, 20 for all, which share the pretraining
-Expected: as pretrained, every needle up to 512 tokens, half of them at 8,192; with YaRN all of them,
-          with the training and without; with the training alone 80 %. LOG.md, figures/extension.png.
+Expected: as pretrained every needle up to 512 tokens and half of them at 8,192; with YaRN nearly
+          all, trained or not; trained without it 80 %. See LOG.md and figures/extension.png.
+
+A needle is the only value in its haystack. Which of several values belongs to a word the model does
+not learn in so few tokens: between two it guesses.
 
 YaRN's s is the report's, 40: there too the lengths end at 32 times the pretrained one. So is alpha,
 1: a pair that never turned once in pretraining has to be slowed at any scale. beta is 32 in the
