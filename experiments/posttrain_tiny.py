@@ -20,6 +20,8 @@ from experiments import tiny
 
 EXAM = ("add:0:200",)
 KNOWN = "add:0:3500"  # of the 3,603 in the train split
+_STEADY = {"optim.ema_decay": 0.0, "loss.bias_until": 1.0, "train.sample_tokens": 0,
+           "data.isolate": True}
 
 
 def get_config(arg: str | None = None) -> Config:
@@ -31,22 +33,30 @@ def get_config(arg: str | None = None) -> Config:
       "grpo.shuffle_rewards": arg == "shuffled"})
 
 
+def tuning() -> dict[str, Any]:
+  """Changes for runs that learn answers."""
+  return {**_STEADY, "optim.lr": 2e-3, "optim.warmup_steps": 20, "optim.lr_constant_until": 0.0,
+          "optim.lr_cosine_until": 1.0, "optim.lr_final": 1e-4, "optim.lr_last_from": 1.0,
+          "train.eval_every": 100}
+
+
+def distilling(expert: str) -> dict[str, Any]:
+  """Changes for a run that learns what is right of an expert's answers."""
+  return {**tuning(), "kind": "distill", "distill.experts": (f"{expert}={KNOWN}",),
+          "distill.answers": 2, "distill.new_tokens": 48, "distill.reflect": False,
+          "sft.epochs": 5.0}
+
+
 def stages(arg: str | None = None) -> Iterator[dict[str, Any]]:
   """Pretraining, fine-tuning, GRPO, distillation."""
-  steady = {"optim.ema_decay": 0.0, "loss.bias_until": 1.0, "train.sample_tokens": 0,
-            "data.isolate": True}
-  tuning = {"optim.lr": 2e-3, "optim.warmup_steps": 20, "optim.lr_constant_until": 0.0,
-            "optim.lr_cosine_until": 1.0, "optim.lr_final": 1e-4, "optim.lr_last_from": 1.0,
-            "train.eval_every": 100, **steady}
+  del arg
   yield {"stage": "pretrain"}
   yield {"stage": "sft", "kind": "sft", "sft.problems": (KNOWN,), "sft.answers": (KNOWN,),
-         "sft.epochs": 4.0, **tuning}
+         "sft.epochs": 4.0, **tuning()}
   # Biases stay where they are: they would move routing for all tokens by more than GRPO does.
-  yield {"stage": "grpo", "kind": "grpo", "grpo.problems": (KNOWN,),
-         "grpo.rollouts": 40, "grpo.prompts": 16, "grpo.group": 8, "grpo.new_tokens": 48,
-         "grpo.kl": 0.01, "data.batch_size": 32, "data.microbatch": 8, "optim.lr": 1e-4,
-         "optim.warmup_steps": 5, "optim.lr_final": 1e-4, "optim.lr_last": 1e-4,
-         "loss.bias_speed": 0.0, "train.eval_every": 0, "train.checkpoint_every": 10, **steady}
-  yield {"stage": "distill", "kind": "distill", "train.init": "pretrain",
-         "distill.experts": (f"grpo={KNOWN}",), "distill.answers": 2, "distill.new_tokens": 48,
-         "distill.reflect": False, "sft.epochs": 5.0, **tuning}
+  yield {"stage": "grpo", "kind": "grpo", "grpo.problems": (KNOWN,), "grpo.rollouts": 40,
+         "grpo.prompts": 16, "grpo.group": 8, "grpo.new_tokens": 48, "grpo.kl": 0.01,
+         "data.batch_size": 32, "data.microbatch": 8, "optim.lr": 1e-4, "optim.warmup_steps": 5,
+         "optim.lr_final": 1e-4, "optim.lr_last": 1e-4, "loss.bias_speed": 0.0,
+         "train.eval_every": 0, "train.checkpoint_every": 10, **_STEADY}
+  yield {"stage": "distill", "train.init": "pretrain", **distilling("grpo")}
