@@ -18,6 +18,7 @@ from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.model import rope
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.sweep import arm as arm_lib
+from dsv3_jax.train import schedules
 from experiments import extend_tiny
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -161,3 +162,20 @@ def test_extension():
     facts = [line for line in text.splitlines() if len(line.split()) == 2]
     assert facts and all(facts.count(f) == 2 for f in facts)
     assert len({f.split()[0] for f in facts}) == len(set(facts))
+
+
+def test_stages_of_the_report():
+  """Oracle: the report: 4.3's two phases, 5.1's fine-tuning, about 62.9B tokens a phase."""
+  found = configs.load_stages(spec("v3_671b_stages"), (), Path("x"))
+  first, one, two, tuned = (stage[2] for stage in found)
+  assert first == cli.load_config(spec("v3_671b"))
+  shape = lambda c: (c.data.sequence_length, c.data.batch_size, c.data.batch_start)
+  assert [shape(c) for c in (one, two)] == [(32768, 1920, 0), (131072, 480, 0)]
+  rate = lambda c, at: schedules.learning_rate(c.optim, c.train.tokens)(at * c.train.tokens, 10**6)
+  for c in (one, two):
+    assert c.train.tokens == 1000 * 32768 * 1920
+    assert [rate(c, x) for x in (0.0, 0.5, 1.0)] == [pytest.approx(7.3e-6)] * 3
+  assert [rate(tuned, x) for x in (0.0, 0.5)] == [pytest.approx(x) for x in (5e-6, 3e-6)]
+  assert rate(tuned, 1.0) == pytest.approx(1e-6) and tuned.sft.epochs == 2 and tuned.data.isolate
+  assert {c.model.attention.yarn for c in (one, two, tuned)} == {config.Yarn(factor=40)}
+  assert [c.train.init for c in (one, two, tuned)] == [stage[1] for stage in found[:3]]
