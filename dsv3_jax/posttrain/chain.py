@@ -1,4 +1,4 @@
-"""Several runs in a row, each beginning with the one before: pretraining, fine-tuning, GRPO.
+"""Several runs in a row, each beginning with an earlier one: pretraining, fine-tuning, GRPO.
 
 A stage is a run with a workdir of its own, WORKDIR/1-pretrain, WORKDIR/2-sft, ... The same command
 goes on where it was stopped: a finished stage returns at once, an interrupted one goes on.
@@ -24,7 +24,7 @@ def run(stages: Sequence[Stage], one: Callable[[config.Config, str], Any],
   """Runs all stages; returns the result of the last one that ran.
 
   Args:
-    stages: in their order; each but the first has the one before in `train.init`.
+    stages: in their order; each but the first has an earlier one's folder in `train.init`.
     one: runs one, as `posttrain.run.run`.
     say: hears which stage begins.
   """

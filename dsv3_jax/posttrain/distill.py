@@ -113,6 +113,8 @@ def corpus(cfg: config.Config, workdir: str, tokenizer: Tokenizer,
     with Workdir(workdir, cfg), host.Signals() as signals:
       try:
         _make(cfg, folder, plan, tokenizer, others, ui, lambda: signals.received is not None)
+        if signals.received is not None:  # after the last time that it was asked for
+          raise Stopped
       except Stopped:
         ui.note("what was drawn is kept; run the same command to go on")
         raise Stopped(signals.received) from None

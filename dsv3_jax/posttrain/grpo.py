@@ -49,12 +49,12 @@ class Policy:
 
   def train_iterator(self, schedule: Callable[[int], int], rows: Any = None) -> Rollouts:
     """Batches of rollouts."""
-    del rows  # one process has all
+    del schedule, rows  # grpo.prompts says how many; one process has all
     reward = rewards.score
     if self._cfg.reward.model:
       reward = functools.partial(reward, rewards=reward_model.load(self._cfg.reward))
     return Rollouts(self._cfg, self.tokenizer, self._problems, reward, self._workdir,
-                    self.fingerprint, schedule)
+                    self.fingerprint)
 
   def validation_batches(self, batch_size: int, limit: int = 0) -> list[dict[str, np.ndarray]]:
     """None."""

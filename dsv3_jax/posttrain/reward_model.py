@@ -21,6 +21,7 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data import chat
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.posttrain import messages, pairs, preferences, rewards, tasks
+from dsv3_jax.posttrain.messages import Conversation
 from dsv3_jax.posttrain.pairs import Pairs
 from dsv3_jax.posttrain.preferences import Preference
 from dsv3_jax.posttrain.problems import Problem, Reward, Score
@@ -33,8 +34,6 @@ SAMPLED = "preferences.jsonl"
 NAMES = ("preference", "judge", "vote")
 _ROWS = 32  # answers that are written at once
 _MEASURED = 256  # held-out pairs that are judged after a run
-
-Conversation = list[dict[str, str]]
 
 
 # --- what is trained on

@@ -61,7 +61,6 @@ class Rollouts:
     reward: judges outputs.
     folder: the workdir.
     fingerprint: of problems and tokenizer.
-    schedule: step -> sequences of its batch.
 
   Raises:
     ConfigError: a batch has no room for the longest outputs that there may be; no second device to
@@ -69,12 +68,11 @@ class Rollouts:
   """
 
   def __init__(self, cfg: config.Config, tokenizer: Tokenizer, problems: Sequence[Problem],
-               reward: Reward, folder: str, fingerprint: str, schedule: Callable[[int], int]):
+               reward: Reward, folder: str, fingerprint: str):
     self._cfg, self._tokenizer, self._reward = cfg, tokenizer, reward
     self._problems = tuple(problems)
     self._prompts = [chat.prompt(p.messages, tokenizer) for p in problems]
     self._folder, self._fingerprint = Path(folder), fingerprint
-    self._schedule = schedule
     self._longest = max(map(len, self._prompts)) + cfg.grpo.new_tokens
     self._check()
     self._logprobs = _logprobs(cfg)

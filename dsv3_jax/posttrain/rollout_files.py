@@ -80,7 +80,7 @@ def _path(folder: Path, kind: str, number: int) -> Path:
 
 
 def _write(path: Path, arrays: dict[str, Any]) -> None:
-  temporary = path.with_name(f".{path.name}.tmp.npz")
+  temporary = path.with_name(f".{path.name}.tmp")  # as `Workdir` knows leftovers
   with open(temporary, "wb") as file:
     np.savez(file, **arrays)
     file.flush()

@@ -70,7 +70,7 @@ class Samples:
   def __init__(self, train: Sequence[Sample], validation: Sequence[Sample], tokenizer: Tokenizer,
                length: int, micro_batch: int, seed: int, what: str = ""):
     if not train:
-      raise ConfigError("there is no conversation to train on")
+      raise ConfigError("there is no conversation to train on" + (f": {what}" if what else ""))
     longest = max(len(s.tokens) for s in (*train, *validation))
     if longest > length + 1:
       raise ConfigError(f"a conversation has {longest} tokens, and data.sequence_length={length} "
