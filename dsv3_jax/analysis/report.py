@@ -161,7 +161,8 @@ def _parallelism(runtime: dict[str, Any], state: dict[str, int]) -> list[tuple[s
   """How the run was cut over devices; nothing of a run on one device in its compute dtype."""
   rows = []
   axes = runtime.get("mesh", {})
-  mesh = {axis: axes[axis] for axis in ("pipe", "data", "node", "gpu") if axes.get(axis, 1) > 1}
+  names = ("pipe", "data", "context", "node", "gpu")
+  mesh = {axis: axes[axis] for axis in names if axes.get(axis, 1) > 1}
   schedule = runtime.get("pipeline", {}).get("schedule", "auto")
   if schedule == "auto":
     schedule = "dualpipe_v" if "pipe" in mesh else "none"

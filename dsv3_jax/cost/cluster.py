@@ -2,6 +2,7 @@
 
 from dsv3_jax import config
 from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.cost import arrays
 
 
 def on(cfg: Config, devices: int) -> Config:
@@ -13,8 +14,9 @@ def on(cfg: Config, devices: int) -> Config:
 
   Raises:
     ConfigError: the number is no multiple of the other axes' product, or exceeds what the batch can
-      be cut into.
+      be cut into; or sequences are cut over devices.
   """
+  arrays.check(cfg.runtime)
   mesh, data = cfg.runtime.mesh, cfg.data
   part = mesh.devices // mesh.data
   if devices < 1 or devices % part:

@@ -130,9 +130,10 @@ class Transformer(nnx.Module):
       positions_BT = rope.positions_from_segments(segments_BT)
     if context is not None:
       positions_BT, T = context.own(positions_BT), T // context.shards
-      if S != T or (ahead_KBTD is None and self.mtp is not None):
+      missing = ahead_KBTD is None or mtp_valid_KBT is None  # here is not where a sequence ends
+      if S != T or (missing and self.mtp is not None):
         raise ValueError(f"along context each device takes the embeddings of its {T} tokens, and "
-                         f"of those that MTP sees as ahead_KBTD; given are {S}")
+                         f"what MTP sees as ahead_KBTD and mtp_valid_KBT; given are {S}")
     cos, sin = rope.rope_table(self.cfg.attention, positions_BT)
     held = (self.moe if self.dense is None else self.dense).attn.held
     moe_call = MoECall(valid_BT, balance, axes, runtime.gemm, resolve(runtime, held),

@@ -1,6 +1,6 @@
 """Context parallelism: a sequence cut over the mesh axis `context`, attention against latents.
 
-All but attention works token by token, so devices along `context` each hold T / C tokens of the
+All but attention works token by token, so n devices along `context` each hold T / n tokens of the
 same sequences and compute as if these were sequences of their own. In attention a query needs the
 keys and values of every token before it. Of MLA they are up-projections of one latent and one
 rotated key, and those travel, not the heads: 512 + 64 numbers a token in place of 128 (192 + 128).
@@ -15,15 +15,16 @@ rotated key, and those travel, not the heads: 512 + 64 numbers a token in place 
 Between the two a device keeps its own tokens' latents, queries, outputs and log-sum-exp. At no
 time does it hold keys and values of more than one block.
 
-Expanding costs C times as many FLOPs as without `context`, where each token is expanded once: a
-share of attention's own that falls with T / C.
-
-Which tokens: a causal query in the last part sees C times what one in the first part sees. So T is
-cut into 2C chunks, and device d holds d and 2C - 1 - d: together as many pairs of query and key on
+Which tokens: a causal query in the last part sees n times what one in the first part sees. So T is
+cut into 2n chunks, and device d holds d and 2n - 1 - d: together as many pairs of query and key on
 every device.
 
     device      0     1     2     3     3     2     1     0
     tokens    [ 0 ] [ 1 ] [ 2 ] [ 3 ] [ 4 ] [ 5 ] [ 6 ] [ 7 ]
+
+Each device expands all chunks that it sees, 2n - d of them, where without `context` each token is
+expanded once. Of these FLOPs all devices together do (3n + 1) / 4 times as many, and device 0 n
+times its share; next to attention's own they weigh less the larger T / n is.
 
 What is known of whole sequences without asking anybody (token numbers, targets, positions,
 segments) is small, and made of the whole before it is cut (`Cut.own`), so that nobody needs a
@@ -59,7 +60,7 @@ class Cut:
     return self.length // (2 * self.shards)
 
   def own(self, x: jax.Array, dim: int = 1) -> jax.Array:
-    """This device's tokens of what all devices have whole: T entries of an axis to T / C."""
+    """This device's tokens of what all devices have whole: T entries of an axis to T / n."""
     x = x.reshape(*x.shape[:dim], 2 * self.shards, self.chunk, *x.shape[dim + 1:])
     d = lax.axis_index(self.axis)
     mine = [lax.dynamic_index_in_dim(x, i, dim, keepdims=False)
@@ -67,7 +68,7 @@ class Cut:
     return jnp.concatenate(mine, axis=dim)
 
   def whole(self, x_BT: jax.Array) -> jax.Array:
-    """All devices' tokens in the order of the sequence: [B, T / C, ...] to [B, T, ...]."""
+    """All devices' tokens in the order of the sequence: [B, T / n, ...] to [B, T, ...]."""
     x = lax.all_gather(x_BT, self.axis, axis=1, tiled=True)
     x = x.reshape(x.shape[0], self.shards, 2, self.chunk, *x.shape[2:])
     x = jnp.concatenate([x[:, :, 0], x[:, ::-1, 1]], axis=1)
@@ -106,8 +107,8 @@ def attend(q_BTHK: jax.Array, kept_BT: Any, expand: Callable[[Any, Any, Any], tu
   """Causal attention of this device's queries to all devices' tokens before them.
 
   Args:
-    q_BTHK: queries of this device's T / C tokens.
-    kept_BT: what keys and values are made of, a tree of [B, T / C, ...] for the same tokens: this
+    q_BTHK: queries of this device's T / n tokens.
+    kept_BT: what keys and values are made of, a tree of [B, T / n, ...] for the same tokens: this
       is what travels.
     expand: (params, fixed, `kept_BT` of s tokens) to keys [B, s, H, K] and values [B, s, H, U].
     params: its parameters, a tree; differentiated, and each device has its own gradient.
@@ -118,7 +119,7 @@ def attend(q_BTHK: jax.Array, kept_BT: Any, expand: Callable[[Any, Any, Any], tu
     fixed: what else `expand` takes, a tree; not differentiated.
 
   Returns:
-    [B, T / C, H, U] in the dtype of the queries; softmax in fp32.
+    [B, T / n, H, U] in the dtype of the queries; softmax in fp32.
   """
   axes = tuple(sorted(frozenset({cut.axis}).union(
       *map(sharding.varies, jax.tree.leaves((q_BTHK, kept_BT, params, fixed, segments_BT))))))
@@ -215,7 +216,7 @@ def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _forward(how: _How, q_BTHK, kept_BT, params, fixed, segments_BT):
-  """Output [B, T / C, H, U] and log-sum-exp fp32 [B, H, tiled T / C]."""
+  """Output [B, T / n, H, U] and log-sum-exp fp32 [B, H, tiled T / n]."""
   places = how.places(segments_BT)
   keys = jax.tree.map(lambda x: how.tiled(how.cut.whole(x)), kept_BT)
   q = how.tiled(q_BTHK).swapaxes(1, 2)

@@ -6,11 +6,11 @@ A plain `jax.jit` with the state donated. The batch is [A, B, T+1]: A micro-batc
 after another, their fp32 gradients summed (A == 1 has no accumulator). With a mesh, `shard_map`
 (`check_vma=True`) gives each device its part of the B sequences: the axes `data`, `node` and `gpu`
 cut them, and the last two routed experts besides; `context` cuts their tokens, inside of the loss
-function. Parameters, at home as `parallel/placement.py`
-says, are collected and cast to varying before differentiation, so that gradients stay local until
-one sum adds them. With an axis `pipe`, or where a schedule is asked for, gradients come from
-`pipelined.gradients`. The loss is normalised by the target tokens of the whole global batch, and
-expert counts are those of the whole global batch: neither depends on how the batch was cut.
+function. Parameters, at home as `parallel/placement.py` says, are collected and cast to varying
+before differentiation, so that gradients stay local until one sum adds them. With an axis `pipe`,
+or where a schedule is asked for, gradients come from `pipelined.gradients`. The loss is normalised
+by the target tokens of the whole global batch, and expert counts are those of the whole global
+batch: neither depends on how the batch was cut.
 
 A step whose loss or gradient norm is not finite changes nothing but the counters: each new value
 is selected against the old one inside the very pass that computes it (the moments' selection is in

@@ -205,4 +205,6 @@ def test_says_how_the_run_was_cut():
       "mesh": "pipe 2 x node 2 x gpu 2, dualpipe_v pipeline, two-hop dispatch, ZeRO-1",
       "weights and moments": "1.0 MiB a device, 8.0 MiB in all",
       "recipe": "v3, bfloat16 between layers"}
+  runtime = config.to_dict(config.Runtime(mesh=config.Mesh(data=2, context=4)))
+  assert report._parallelism(runtime, {}) == [("mesh", "data 2 x context 4")]
   assert report._parallelism(config.to_dict(config.Runtime()), {"device": 1, "whole": 1}) == []

@@ -18,7 +18,7 @@ SHARDS = 4
 
 
 def spread(f):
-  """`f` on devices that have all arguments whole; results [B, T / C, ...] one after another."""
+  """`f` on devices that have all arguments whole; results [B, T / 4, ...] one after another."""
   mesh = jax.make_mesh((SHARDS,), ("context",), axis_types=(jax.sharding.AxisType.Auto,),
                        devices=jax.devices()[:SHARDS])
   return jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec(),
