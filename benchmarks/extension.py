@@ -33,7 +33,8 @@ def trained(arg: str, seed: int, workdir: Path) -> Path:
   """Folder of an arm's stages, trained if need be; pretraining is done once a seed."""
   own, first = (workdir / f"{name or 'yarn'}-{seed}" for name in (arg, ""))
   if arg and not (own / "1-pretrain").exists():
-    shutil.copytree(trained("", seed, workdir) / "1-pretrain", own / "1-pretrain.part")
+    shutil.copytree(trained("", seed, workdir) / "1-pretrain", own / "1-pretrain.part",
+                    dirs_exist_ok=True)
     (own / "1-pretrain.part").rename(own / "1-pretrain")
   elif not arg:
     own = first
@@ -72,7 +73,8 @@ def main() -> None:
     models.append((name, needle.summary(found)))
   needle_plot.write(needle_plot.draw(models, extend_tiny.LENGTHS[0], "pretrained on"), FIGURE)
   files.write_atomic(FIGURE.with_suffix(".json"), json.dumps(dict(models), indent=1) + "\n")
-  print("| arm | " + " | ".join(f"{n:,}" for n in LENGTHS) + " |\n" + "|---" * 7 + "|")
+  print("| arm | " + " | ".join(f"{n:,}" for n in LENGTHS) + " |")
+  print("|---" * (1 + len(LENGTHS)) + "|")
   for name, values in models:
     print(f"| {name} | " + " | ".join(
         f"{v['recall']:.0%} ± {v['recall_error']:.0%}, {v['bits']:.2f} ± {v['bits_error']:.2f} bits"

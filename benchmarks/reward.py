@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
       rows.append((problem, right, wrong, problems[i - 1].worked))
   print(f"{args.problems}, {args.samples} answers each: {len(rows)} problems have right and wrong "
         "ones")
+  if not rows:
+    raise SystemExit("there is nothing to compare; name other --problems, or another --policy")
   for workdir in args.workdirs:
     reward = reward_model.load(config.Reward(model=workdir))["preference"]
 
