@@ -725,11 +725,23 @@ class Config:
       own = getattr(self, kind)
       named = own.files or own.problems or (kind == "sft" and own.answers)
       _require(self.kind != kind or bool(named),
-               f"kind={kind!r}: name what to learn from in {kind}.files or {kind}.problems")
+               f"kind={kind!r}: name what to learn from in {kind}.files or {kind}.problems"
+               + " or sft.answers" * (kind == "sft"))
       _require(self.kind != kind or bool(self.train.init),
                f"kind={kind!r} begins with a trained model; name its workdir in train.init")
     if self.kind == "distill":
       self._check_distill()
+    _require(self.kind == "pretrain" or not self.data.batch_start,
+             f"kind={self.kind!r} has no batch ramp; set data.batch_start=0")
+    fp8 = dataclasses.asdict(self.runtime.fp8).values()
+    _require(self.kind != "grpo" or self.runtime.recipe != "per_tensor_delayed"
+             and not any("delayed" in str(v) for v in fp8),
+             f"kind='grpo' compares probabilities of one policy, which delayed scaling "
+             f"(runtime.recipe={self.runtime.recipe!r}, runtime.fp8) makes depend on the steps "
+             "before; choose another recipe")
+    _require(self.kind != "reward" or not self.reward.samples or bool(self.reward.problems),
+             f"reward.samples={self.reward.samples} answers are drawn to reward.problems, and none "
+             "is named; name some, or set it to 0")
     micro, mesh = self.data.micro_batch, self.runtime.mesh
     _require(micro % mesh.batch_shards == 0,
              f"{mesh.describe('data', 'node', 'gpu')} must divide the micro-batch of {micro} "
@@ -748,6 +760,10 @@ class Config:
     _require(mesh.context == 1 or self.kind in ("pretrain", "sft"),
              f"runtime.mesh.context={mesh.context} is for kind='pretrain' and 'sft', not "
              f"{self.kind!r}")
+    _require(mesh.context == 1 or self.train.numerics_every == 0,
+             f"runtime.mesh.context={mesh.context}: the measurement of numerics "
+             f"(train.numerics_every={self.train.numerics_every}) takes a whole sequence on one "
+             "device; set it to 0")
     layers = self.runtime.pipeline.layers
     _require(not layers or (sum(layers) == self.model.layers and self.runtime.schedule != "none"),
              f"runtime.pipeline.layers={layers} must add up to model.layers={self.model.layers}, "

@@ -98,7 +98,8 @@ def load_stages(spec: str, overrides: Sequence[tuple[str, str]], workdir: Path
 
   A stage is a dictionary of dotted keys and values that change `get_config(arg)`; the key "stage"
   names it. Each but the first begins with the parameters of the one before, or of an earlier one
-  that `train.init` names. In `distill.experts` too an earlier stage's name stands for its folder.
+  that `train.init` names. In `distill.experts` and `reward.model` too an earlier stage's name
+  stands for its folder.
 
   Args:
     spec: as of `load_config`.
@@ -138,6 +139,7 @@ def _placed(config: Config, folders: dict[str, str]) -> Config:
   experts = [text.rpartition("=") for text in config.distill.experts]
   return config_lib.replace(config, **{
       "train.init": folders.get(config.train.init, config.train.init),
+      "reward.model": folders.get(config.reward.model, config.reward.model),
       "distill.experts": tuple(folders.get(a, a) + equals + b for a, equals, b in experts)})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv3_jax import config as config_lib
 from dsv3_jax.cli.configs import default_workdir, load_sweep
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.sweep.arm import SEED, Sweep
 
 SUMMARY = "run the arms of an ablation"
@@ -186,8 +186,14 @@ def _costs(args: argparse.Namespace) -> dict[str, Any]:
     return {"price": args.price or 0.0, "here": here}
   known = hardware.get(args.hardware or "cpu")
   price = known.price if args.price is None else args.price
-  return {"price": price, "here": here, "where": known.name,
-          "model": lambda config: budget.pretraining(config, known).seconds}
+
+  def model(config: Config) -> float | None:
+    try:
+      return budget.pretraining(config, known).seconds
+    except ConfigError:  # something that the model of costs does not know
+      return None
+
+  return {"price": price, "here": here, "where": known.name, "model": model}
 
 
 def select(sweep: Sweep, seeds: str | None, only: str | None) -> Sweep:

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                            "dsv3_jax/config.py, or --print-config, for the keys")
   parser.add_argument("--workdir", metavar="DIR",
                       help="folder of this run (default: runs/EXPERIMENT or runs/EXPERIMENT-ARG)")
+  parser.add_argument("--stage", metavar="NAME", default="",
+                      help="of an experiment with stages run this one alone; those that it begins "
+                           "with must be there")
   parser.add_argument("--print-config", action="store_true",
                       help="print the resulting config as JSON and leave")
   several = parser.add_argument_group(
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
   """Runs the command."""
   workdir = Path(args.workdir) if args.workdir else default_workdir(args.config)
   stages = load_stages(args.config, args.overrides, workdir)
-  config = stages[-1][2] if stages else load_config(args.config, args.overrides)
+  config, own = _chosen(args, stages, workdir)
   if args.print_config:
     print(config_lib.to_json(config))
     return 0
@@ -83,9 +86,17 @@ def run(args: argparse.Namespace) -> int:
       print(f"report: {report.write(Path(folder))}")
     return result
 
-  if not stages:
-    return one(config, str(workdir)).exit_code
+  if not stages or args.stage:
+    return one(config, str(own)).exit_code
   made = [chain.Stage(*stage) for stage in stages]
+  if found:
+    raise config_lib.ConfigError("several processes run a stage at a time: name it, one after the "
+                                 f"other, with --stage={made[0].name} and so on")
+  for i, stage in enumerate(made):  # before the first, what only the last would find
+    try:
+      kinds.check(stage.config, [s.folder for s in made[:i]])
+    except config_lib.ConfigError as error:
+      raise config_lib.ConfigError(f"stage {stage.name!r}: {error}") from error
   result = chain.run(made, one)
   if result.first:
     ran = [(s.name, s.folder) for s in made if (Path(s.folder) / "config.json").is_file()]
@@ -93,3 +104,15 @@ def run(args: argparse.Namespace) -> int:
     print(written.with_suffix(".md").read_text(encoding="utf-8"))
     print(f"report of all stages: {written}")
   return result.exit_code
+
+
+def _chosen(args: argparse.Namespace, stages: list[tuple[str, str, config_lib.Config]],
+            workdir: Path) -> tuple[config_lib.Config, Path]:
+  """Config and workdir of the one run, or of `--stage`; of all stages the last one's config."""
+  if not args.stage:
+    return (stages[-1][2] if stages else load_config(args.config, args.overrides)), workdir
+  for name, folder, config in stages:
+    if name == args.stage:
+      return config, Path(folder)
+  there = f"the stages {', '.join(s[0] for s in stages)}" if stages else "no stages"
+  raise config_lib.ConfigError(f"--stage={args.stage}: {args.config} has {there}")

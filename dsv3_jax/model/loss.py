@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax.model import cross_entropy
+from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.transformer import Transformer, shift
 from dsv3_jax.parallel import context as context_lib
 from dsv3_jax.parallel import mesh as mesh_lib
@@ -69,6 +70,25 @@ def target_tokens(batch: dict[str, jax.Array]) -> jax.Array:
 def vocabulary_axes(runtime: config.Runtime, axes: tuple[str, ...]) -> tuple[str, ...]:
   """The mesh axes that cut the vocabulary, of those that shard the batch."""
   return tuple(a for a in mesh_lib.EXPERTS if a in axes) if runtime.shard_vocab else ()
+
+
+def with_balance(total: jax.Array, stats: MoEStats | None, experts: int, loss: config.Loss,
+                 share: jax.Array | float) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """A loss with the balance losses added, and the metrics of `loss_fn` that are of routing.
+
+  Args:
+    total: the loss without them.
+    stats: of `Transformer.hidden`, over all MoE layers; None where there is none.
+    experts: E.
+    loss, share: of `loss_fn`.
+  """
+  balances = dict.fromkeys(BALANCES, jnp.zeros(()))
+  if stats is None:
+    return total, {"counts_LE": jnp.zeros((0, experts)), "dropped": jnp.zeros(()), **balances}
+  for name, kind in BALANCES.items():
+    balances[name] = getattr(stats, kind).sum() * share
+    total += getattr(loss, kind) * balances[name]
+  return total, {"counts_LE": stats.counts_E, "dropped": stats.dropped.sum(), **balances}
 
 
 def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Loss,
@@ -128,16 +148,9 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, loss: config.Los
   total = sums[0] / denominator
   if K:
     total += mtp_weight / K * sum(sums[1:]) / denominator
-  balances = dict.fromkeys(BALANCES, jnp.zeros(()))
-  if hidden.stats is not None:
-    for name, kind in BALANCES.items():
-      balances[name] = getattr(hidden.stats, kind).sum() * share
-      total += getattr(loss, kind) * balances[name]
-  counts_LE, dropped = jnp.zeros((0, model.cfg.moe.experts)), jnp.zeros(())
-  if hidden.stats is not None:
-    counts_LE, dropped = hidden.stats.counts_E, hidden.stats.dropped.sum()
+  total, routed = with_balance(total, hidden.stats, model.cfg.moe.experts, loss, share)
   return total, jax.lax.stop_gradient({
       "loss_sum": sums[0], "mtp_loss_sum": jnp.stack(sums[1:]) if K else jnp.zeros((0,)),
       "tokens": predicted[0][1].sum(),
       "mtp_tokens": jnp.stack([w.sum() for _, w in predicted[1:]]) if K else jnp.zeros((0,)),
-      "correct": corrects[0], "counts_LE": counts_LE, "dropped": dropped, **balances})
+      "correct": corrects[0], **routed})

@@ -34,6 +34,6 @@ def run(stages: Sequence[Stage], one: Callable[[config.Config, str], Any],
   for i, stage in enumerate(stages):
     say(f"stage {i + 1} of {len(stages)}: {stage.name} ({stage.config.kind}), {stage.folder}")
     result = one(stage.config, stage.folder)
-    if not result.finished:
+    if not result.finished or result.exit_code:
       break
   return result

@@ -6,7 +6,7 @@ expert, problem and answer, and the engine begins each shard with an empty cache
 killed goes on with the first shard that is missing, and makes what it would have made.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,22 +62,38 @@ def named(cfg: config.Distill, seed: int) -> list[Expert]:
   """
   found: dict[str, dict[str, Problem]] = {}
   for text in cfg.experts:
-    source, _, asked = text.rpartition("=")
-    if not source or not asked:
-      raise ConfigError(f"distill.experts: {text!r} must be WORKDIR=FAMILY:LEVEL:COUNT or "
-                        "WORKDIR=FILE.jsonl, such as runs/expert=add:0:1000")
-    try:
-      trained.check(source)
-    except ConfigError as error:
-      raise ConfigError(f"distill.experts: {error}; in a chain an earlier stage's name stands for "
-                        "its workdir") from None
-    problems = (records.read(asked) if ".jsonl" in asked
-                else tasks.named([asked], seed, "distill.experts"))
-    found.setdefault(source, {}).update((p.id, p) for p in problems)
+    source, problems = entry(text, seed)
+    known = found.setdefault(source, {})
+    for p in problems:
+      if known.setdefault(p.id, p) != p:
+        raise ConfigError(f"distill.experts: {source} is asked two problems with the id {p.id!r}; "
+                          "give each its own")
   experts = [Expert(source, tuple(problems.values())) for source, problems in found.items()]
   for expert in experts:
     rewards.check(expert.problems)
   return experts
+
+
+def entry(text: str, seed: int, coming: Collection[str] = ()) -> tuple[str, list[Problem]]:
+  """An expert's workdir and what it is asked, of an entry of `cfg.experts`; errors as of `named`.
+
+  Args:
+    text: the entry.
+    seed: of generated problems.
+    coming: workdirs that need not be there yet.
+  """
+  source, _, asked = text.rpartition("=")
+  if not source or not asked:
+    raise ConfigError(f"distill.experts: {text!r} must be WORKDIR=FAMILY:LEVEL:COUNT or "
+                      "WORKDIR=FILE.jsonl, such as runs/expert=add:0:1000")
+  try:
+    if source not in coming:
+      trained.check(source)
+  except ConfigError as error:
+    raise ConfigError(f"distill.experts: {error}; in a chain an earlier stage's name stands for "
+                      "its workdir") from None
+  return source, (records.read(asked) if ".jsonl" in asked
+                  else tasks.named([asked], seed, "distill.experts"))
 
 
 def version(source: str) -> int:

@@ -162,16 +162,9 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, cfg: config.GRPO
   total, more = grpo(logprob_BT, at("old"), at("ref"), at("advantage"), scale_BT, at("segments"),
                      cfg)
   more["entropy"] = jnp.sum(scale_BT * entropy_BT)
-  balances = dict.fromkeys(loss_lib.BALANCES, jnp.zeros(()))
-  counts_LE, dropped = jnp.zeros((0, model.cfg.moe.experts)), jnp.zeros(())
-  if stats is not None:
-    for name, kind in loss_lib.BALANCES.items():
-      balances[name] = getattr(stats, kind).sum() * share
-      total += getattr(loss, kind) * balances[name]
-    counts_LE, dropped = stats.counts_E, stats.dropped.sum()
+  total, routed = loss_lib.with_balance(total, stats, model.cfg.moe.experts, loss, share)
   K = model.cfg.mtp_depth
   return total, jax.lax.stop_gradient({
       "loss_sum": -jnp.sum(jnp.where(weight_BT > 0, logprob_BT, 0)),
       "mtp_loss_sum": jnp.zeros((K,)), "tokens": weight_BT.sum(), "mtp_tokens": jnp.zeros((K,)),
-      "correct": jnp.zeros(()), "counts_LE": counts_LE, "dropped": dropped, "more": more,
-      **balances})
+      "correct": jnp.zeros(()), "more": more, **routed})

@@ -176,14 +176,12 @@ def as_asked(taught: Taught, reflect: bool) -> Conversation:
 
 def distinct(taught: Iterable[Taught]) -> list[Taught]:
   """Without conversations that were there before, word for word: experts may agree."""
-  seen: set[tuple[tuple[str, str], ...]] = set()
-  found = []
+  found: dict[tuple[tuple[str, str], ...], Taught] = {}
   for t in taught:
     key = tuple((m["role"], m["content"]) for m in t.conversation)
-    if key not in seen:
-      seen.add(key)
-      found.append(t)
-  return found
+    if found.setdefault(key, t).expert < 0 <= t.expert:
+      found[key] = t  # an expert's, whose probabilities can be had
+  return list(found.values())
 
 
 def mixed(taught: Sequence[Taught], others: Sequence[Conversation], share: float, seed: int

@@ -30,7 +30,8 @@ from dsv3_jax.posttrain.samples import Samples
 from dsv3_jax.train import metrics
 
 NAME = "preference.json"
-SAMPLED = "preferences.jsonl"
+SAMPLED, SETTINGS = "preferences.jsonl", "preferences.json"
+_SAMPLING = ("problems", "samples", "new_tokens", "temperature", "form", "thought")
 NAMES = ("preference", "judge", "vote")
 _ROWS = 32  # answers that are written at once
 _MEASURED = 256  # held-out pairs that are judged after a run
@@ -54,15 +55,29 @@ def gather(cfg: config.Config, tokenizer: Tokenizer, workdir: str, paths: Sequen
   steps = own.form == "score" and own.thought
   if not own.samples:
     return found + preferences.from_problems(problems, cfg.data.seed, steps)
-  path = Path(workdir) / SAMPLED
-  if not path.is_file():
+  path, settings = Path(workdir) / SAMPLED, Path(workdir) / SETTINGS
+  made_with = sampling(cfg)
+  if path.is_file() and settings.is_file():
+    for key, old in json.loads(settings.read_text(encoding="utf-8")).items():
+      if made_with[key] != old:
+        raise ConfigError(f"{key}={made_with[key]!r}, but the pairs in {path} were made with "
+                          f"{old!r}; set it back, or give another --workdir")
+  else:
     made = preferences.from_answers(problems, sampled(cfg, problems, ui), steps)
     if not made:
       raise ConfigError(f"reward.samples={own.samples}: of no problem was one answer right and "
                         "another wrong; take more samples or other problems")
+    files.write_atomic(settings, json.dumps(made_with, indent=1) + "\n")
     preferences.write(path, made)
     ui.note(f"{len(made):,} pairs of a right and a wrong answer, in {path}")
   return found + preferences.read(path)
+
+
+def sampling(cfg: config.Config) -> dict[str, Any]:
+  """What the pairs of sampled answers depend on, as plain values."""
+  own = {f"reward.{key}": getattr(cfg.reward, key) for key in _SAMPLING}
+  return json.loads(json.dumps(
+      {**own, "data.seed": cfg.data.seed, "train.init": cfg.train.init}))
 
 
 def sampled(cfg: config.Config, problems: Sequence[Problem], ui: metrics.Silent

@@ -17,6 +17,7 @@ rollout and a refreshed reference, is in files of the workdir that the iterator'
 import concurrent.futures
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,12 +251,11 @@ class Rollouts:
     state, every = self._state, self._cfg.grpo.reference_every
     wanted = rollout_files.refreshed(number, every)
     if wanted and wanted == number:
-      self._reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(
-          (state.params, state.buffers))
+      self._reference = jax.tree.map(jnp.copy, (state.params, state.buffers))
       rollout_files.save_reference(self._folder, wanted, jax.device_get(self._reference))
     elif self._reference is None and wanted:
-      self._reference = rollout_files.load_reference(self._folder, wanted,
-                                                     (state.params, state.buffers))
+      self._reference = jax.device_put(rollout_files.load_reference(
+          self._folder, wanted, (state.params, state.buffers)))
     elif self._reference is None:
       params, buffers, _ = checkpoint.load_params(self._cfg.train.init)
       self._reference = params, buffers
@@ -269,8 +269,10 @@ class Rollouts:
           "rollout": number, "id": problem.id, "prompt": problem.prompt, "answer": problem.answer,
           "outputs": [{"text": text, "reward": s.value, "why": s.why}
                       for text, s in zip(answers[n], scores[n], strict=True)]}))
-    with open(self._folder / TRANSCRIPTS, "a", encoding="utf-8") as file:
-      file.write("\n".join(lines) + "\n")
+    with open(self._folder / TRANSCRIPTS, "a+b") as file:
+      if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+        file.write(b"\n")  # behind half a line of a run that was killed
+      file.write(("\n".join(lines) + "\n").encode())
 
 
 def _prepared(params: Any, buffers: Any, cfg: config.Model, dtype: str) -> Any:

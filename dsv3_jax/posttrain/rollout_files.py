@@ -5,13 +5,13 @@ taken before rollout N. Both stay for as long as a checkpoint is there that may 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.posttrain import arrays as arrays_lib
 from dsv3_jax.train import checkpoint
 
 
@@ -26,7 +26,7 @@ def save(folder: Path, number: int, rollout: Rollout) -> None:
   """Writes a rollout, atomically."""
   arrays = {f"{i}/{name}": x for i, made in enumerate(rollout.batches) for name, x in made.items()}
   said = np.frombuffer(json.dumps(rollout.said).encode(), np.uint8)
-  _write(_path(folder, "rollout", number), {**arrays, "said": said})
+  arrays_lib.write(_path(folder, "rollout", number), {**arrays, "said": said})
 
 
 def load(folder: Path, number: int) -> Rollout:
@@ -44,7 +44,7 @@ def load(folder: Path, number: int) -> Rollout:
 
 def save_reference(folder: Path, number: int, reference: Any) -> None:
   """Writes a reference, a tree of arrays, atomically."""
-  _write(_path(folder, "reference", number), checkpoint.flatten(reference))
+  arrays_lib.write(_path(folder, "reference", number), checkpoint.flatten(reference))
 
 
 def load_reference(folder: Path, number: int, like: Any) -> Any:
@@ -77,15 +77,6 @@ def refreshed(number: int, every: int) -> int:
 
 def _path(folder: Path, kind: str, number: int) -> Path:
   return folder / f"{kind}-{number}.npz"
-
-
-def _write(path: Path, arrays: dict[str, Any]) -> None:
-  temporary = path.with_name(f".{path.name}.tmp")  # as `Workdir` knows leftovers
-  with open(temporary, "wb") as file:
-    np.savez(file, **arrays)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

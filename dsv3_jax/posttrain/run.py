@@ -3,16 +3,16 @@
 import glob
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsv3_jax import config, files, train
+from dsv3_jax import config, files, train, trained
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.posttrain import exam, messages, reward_model, samples, tasks
+from dsv3_jax.posttrain import exam, experts, messages, reward_model, samples, tasks
 from dsv3_jax.posttrain.problems import Problem
 from dsv3_jax.posttrain.samples import Samples
 from dsv3_jax.posttrain.tasks import records
@@ -26,11 +26,35 @@ def run(cfg: config.Config, workdir: str, **how: Any) -> train.RunResult:
     ConfigError: files that cannot be read, problems that do not exist, a tokenizer that is not the
       workdir's.
   """
-  exam.check(cfg.exam)
+  check(cfg)
   result = _run(cfg, workdir, how)
-  if result.finished and result.first and cfg.exam.problems:
+  if result.finished and not result.exit_code and result.first and cfg.exam.problems:
     exam.take(cfg.exam, workdir, cfg.data.seed)
   return result
+
+
+def check(cfg: config.Config, coming: Collection[str] = ()) -> None:
+  """Raises ConfigError for files, problems and models that a run names and that are not there.
+
+  Args:
+    cfg: of any kind.
+    coming: workdirs that will be there when it begins: of earlier stages.
+  """
+  exam.check(cfg.exam)
+  init = cfg.train.init
+  if init and init not in coming and not os.path.isdir(init):
+    raise ConfigError(f"train.init={init!r} is no folder; name the workdir of a run")
+  if cfg.kind in ("sft", "distill"):
+    _named(cfg)
+  if cfg.kind == "grpo":
+    asked(cfg.grpo, cfg.data.seed)
+    if cfg.reward.model and cfg.reward.model not in coming:
+      trained.check(cfg.reward.model)
+  if cfg.kind == "reward":
+    _paths(cfg.reward.files, "reward.files")
+    tasks.named(cfg.reward.problems, cfg.data.seed, "reward.problems")
+  for text in cfg.distill.experts if cfg.kind == "distill" else ():
+    experts.entry(text, cfg.data.seed, coming)
 
 
 def _run(cfg: config.Config, workdir: str, how: dict[str, Any]) -> train.RunResult:
@@ -73,7 +97,7 @@ def _reward(cfg: config.Config, workdir: str, tokenizer: Tokenizer, how: dict[st
   corpus = reward_model.corpus(cfg, tokenizer, found)
   cfg = _of_steps(cfg, math.ceil(cfg.reward.epochs * corpus.rows / cfg.data.batch_size))
   result = train.run(cfg, workdir, corpus=corpus, **reward_model.losses(cfg, tokenizer), **how)
-  if result.finished and result.first and not os.path.exists(
+  if result.finished and not result.exit_code and result.first and not os.path.exists(
       os.path.join(workdir, reward_model.NAME)):
     measured = reward_model.measure(cfg, workdir, found)
     (how.get("ui") or metrics.Lines()).note(reward_model.said(measured))
@@ -157,7 +181,5 @@ def _tokenizer(cfg: config.Config, workdir: str) -> Tokenizer:
 
 def _of_steps(cfg: config.Config, steps: int) -> config.Config:
   """The config with the tokens of so many steps, however few of them are targets."""
-  if cfg.data.batch_start:
-    raise ConfigError(f"kind={cfg.kind!r} has no batch ramp; set data.batch_start=0")
   tokens = float(np.float64(steps) * cfg.data.batch_size * cfg.data.sequence_length)
   return config.replace(cfg, **{"train.tokens": tokens})

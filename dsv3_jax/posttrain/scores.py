@@ -108,17 +108,11 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, cfg: config.Rewa
         runtime.head_chunk)
     more["text_loss"] = nll / denominator
     total += cfg.text * more["text_loss"]
-  balances = dict.fromkeys(loss_lib.BALANCES, jnp.zeros(()))
-  counts_LE, dropped = jnp.zeros((0, model.cfg.moe.experts)), jnp.zeros(())
-  if hidden.stats is not None:
-    for name, kind in loss_lib.BALANCES.items():
-      balances[name] = getattr(hidden.stats, kind).sum() * share
-      total += getattr(loss, kind) * balances[name]
-    counts_LE, dropped = hidden.stats.counts_E, hidden.stats.dropped.sum()
+  total, routed = loss_lib.with_balance(total, hidden.stats, model.cfg.moe.experts, loss, share)
   return total, jax.lax.stop_gradient({
       "loss_sum": found["preference"], "mtp_loss_sum": jnp.zeros((K,)), "tokens": found["pairs"],
-      "mtp_tokens": jnp.zeros((K,)), "correct": found["right"], "counts_LE": counts_LE,
-      "dropped": dropped, "more": more, **balances})
+      "mtp_tokens": jnp.zeros((K,)), "correct": found["right"], "more": more,
+      **routed})
 
 
 class Scorer:

@@ -173,19 +173,13 @@ def loss_fn(model: Transformer, batch: dict[str, jax.Array], *, cfg: config.Dist
          for h_BTD, of in zip(hidden.mtp, predicted[1:], strict=True)]
   if K:
     total += mtp_weight / K * sum(mtp) / denominator
-  balances = dict.fromkeys(loss_lib.BALANCES, jnp.zeros(()))
-  counts_LE, dropped = jnp.zeros((0, model.cfg.moe.experts)), jnp.zeros(())
-  if hidden.stats is not None:
-    for name, kind in loss_lib.BALANCES.items():
-      balances[name] = getattr(hidden.stats, kind).sum() * share
-      total += getattr(loss, kind) * balances[name]
-    counts_LE, dropped = hidden.stats.counts_E, hidden.stats.dropped.sum()
+  total, routed = loss_lib.with_balance(total, hidden.stats, model.cfg.moe.experts, loss, share)
   return total, jax.lax.stop_gradient({
       "loss_sum": jnp.sum(weight_P * nll_P), "mtp_loss_sum": jnp.stack(mtp) if K else jnp.zeros(0),
       "tokens": weight_P.sum(),
       "mtp_tokens": jnp.stack([w.sum() for _, w in predicted[1:]]) if K else jnp.zeros(0),
-      "correct": jnp.sum(weight_P * right_P), "counts_LE": counts_LE, "dropped": dropped,
-      "more": {"kl_expert": jnp.sum(weight_P * kl_P) / denominator}, **balances})
+      "correct": jnp.sum(weight_P * right_P),
+      "more": {"kl_expert": jnp.sum(weight_P * kl_P) / denominator}, **routed})
 
 
 def narrowed(top_NA: np.ndarray, top_logprob_NA: np.ndarray, rest_logprob_N: np.ndarray

@@ -1,6 +1,5 @@
 """Experts' probabilities of what is learnt, in blocks on disk (`distill.mode="logits"`)."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.posttrain import arrays as arrays_lib
 from dsv3_jax.posttrain import experts, messages, rejection, samples, soft
 from dsv3_jax.posttrain.draw import Stopped
 from dsv3_jax.posttrain.experts import Expert
@@ -59,7 +59,7 @@ def keep(taught: Sequence[Taught], asked: Sequence[Expert], cfg: config.Config,
       found = teachers([taught[i] for i in part], stop)
       joined = [np.concatenate(x) for x in zip(*found, strict=True)]
       lengths = np.array([len(f[2]) for f in found], np.int32)
-      _save(_path(folder, number), soft.narrowed(*joined) | {"lengths": lengths})
+      arrays_lib.write(_path(folder, number), soft.narrowed(*joined) | {"lengths": lengths})
 
 
 def load(taught: Sequence[Taught], folder: Path) -> list[Kept | None]:
@@ -76,15 +76,6 @@ def load(taught: Sequence[Taught], folder: Path) -> list[Kept | None]:
 
 def _path(folder: Path, number: int) -> Path:
   return folder / f"logits-{number:05}.npz"
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "wb") as file:
-    np.savez(file, **arrays)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 class _Teachers:

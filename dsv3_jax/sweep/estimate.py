@@ -62,13 +62,14 @@ class Estimator:
     pool: where calibration.json is.
     jobs: arms at once; 0: all.
     price: dollars an hour of one device (a core where there are no others); 0: not said.
-    model: seconds of a config by a model of costs; None where there is none.
+    model: seconds of a config by a model of costs, None where it does not know; None for none.
     where: for which devices the model speaks.
     here: whether the arms run on this machine, so that what was measured on it counts.
   """
 
   def __init__(self, pool: Pool, jobs: int = 1, price: float = 0.0,
-               model: Callable[[Config], float] | None = None, where: str = "", here: bool = True):
+               model: Callable[[Config], float | None] | None = None, where: str = "",
+               here: bool = True):
     self.price, self._jobs, self._model, self._where, self._here = price, jobs, model, where, here
     self._speeds: dict[str, list[Speed]] = {}
     self._finished: set[str] = set()  # shapes whose speeds are of whole arms

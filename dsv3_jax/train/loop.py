@@ -593,6 +593,9 @@ def _run(config: config_lib.Config, workdir: str, ui: metrics_lib.Silent, corpus
         ui.note(f"saved step {trainer.step:,}; run the same command to go on")
         return RunResult(folder.path, trainer.step, tokens, False, 128 + group.received, {},
                          group.first)
+      if signals.received is not None and group.count == 1:  # in the last step, or its checkpoint
+        ui.note("all steps are saved; run the same command for what comes after them")
+        return RunResult(folder.path, trainer.step, tokens, True, 128 + signals.received, {}, True)
       path = folder.file("summary.json")
       known = trainer.was_finished and os.path.exists(path)
       if json.loads(group.share("summarized", json.dumps(known))):

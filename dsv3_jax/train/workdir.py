@@ -175,6 +175,7 @@ class Workdir:
       lines = [f"  {k}: {a!r} there, {b!r} now" for k, (a, b) in bound.items()]
       raise WorkdirError(f"workdir {self.path} was made by another config:\n" + "\n".join(lines) +
                          "\nGive another --workdir, or set these back to go on with this one.")
-    if any(key.startswith(_TOKENIZER) for key in differing):
+    # Runs of other kinds have the tokenizer of the model that they begin with, and check it.
+    if self._config.kind == "pretrain" and any(key.startswith(_TOKENIZER) for key in differing):
       with contextlib.suppress(FileNotFoundError):
         os.unlink(self.file("tokenizer.json"))

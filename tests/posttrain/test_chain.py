@@ -1,13 +1,17 @@
 """Stages in a row, and the exam after each."""
 
+import dataclasses
+import functools
 import types
 
 import pytest
 
+from dsv3_jax import cli
 from dsv3_jax import config as config_lib
 from dsv3_jax.cli import configs
 from dsv3_jax.config import ConfigError
-from dsv3_jax.posttrain import chain, exam, tasks
+from dsv3_jax.posttrain import chain, exam, experts, tasks
+from dsv3_jax.posttrain import run as kinds
 
 EXPERIMENT = '''"""Does it?"""
 from dsv3_jax.config import Config, replace
@@ -55,18 +59,53 @@ def test_chain(tmp_path):
   made = [chain.Stage(*stage) for stage in stages(tmp_path)]
   ran = []
 
-  def one(config, folder, last="third"):
+  def one(config, folder, last, late):
     ran.append(config.kind)
-    return types.SimpleNamespace(finished=not folder.endswith(last), exit_code=7)
+    finished = not folder.endswith(last)
+    return types.SimpleNamespace(finished=finished or late, exit_code=7 * (not finished))
 
-  assert chain.run(made, lambda c, f: one(c, f, "second"), lambda text: None).exit_code == 7
-  assert ran == ["pretrain", "sft"]
+  for late in (False, True):  # the signal came when all steps were done
+    ran.clear()
+    stopped = functools.partial(one, last="second", late=late)
+    assert chain.run(made, stopped, lambda text: None).exit_code == 7
+    assert ran == ["pretrain", "sft"]
   problems = tasks.make("add", 0, 4, 1)
   texts = [problems[0].worked, problems[1].worked, "no idea", problems[0].worked]
   found = exam.summary(problems, texts, [3, 4, 5, 6], [True, False, True, True])
   part = found["parts"]["add:0"]
   assert part["solved"] == 0.25 and part["cut_off"] == 0.25 and part["length"] == 4.5
   assert [a["solved"] for a in found["answers"]] == [True, False, False, False]
+
+
+def test_what_is_not_there_is_said_before_the_first_stage(tmp_path, capsys):
+  """Oracle: the messages; what an earlier stage will leave may be missing."""
+  made = stages(tmp_path, EXPERIMENT.replace('"kind": "grpo", "grpo.problems": ("add:0:5",)', (
+      '"kind": "distill", "distill.experts": ("second=add:0:5", "other=add:0:5")')))
+  cfg, coming = made[2][2], [folder for _, folder, _ in made[:2]]
+  assert cfg.distill.experts[0] == f"{coming[1]}=add:0:5"
+  with pytest.raises(ConfigError, match="distill.experts: .*other"):
+    kinds.check(cfg, coming)
+  known = config_lib.replace(cfg, **{"distill.experts": cfg.distill.experts[:1]})
+  kinds.check(known, coming)
+  with pytest.raises(ConfigError, match="2-second"):
+    kinds.check(known)
+  with pytest.raises(ConfigError, match="but its train split has"):
+    kinds.check(config_lib.replace(known, **{
+        "distill.experts": (f"{coming[1]}=add:0:99999",)}), coming)
+  with pytest.raises(ConfigError, match="two problems with the id"):
+    files = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for n, file in enumerate(files):
+      tasks.write(file, [dataclasses.replace(tasks.make("add", 0, 2, 0)[n], id="1")])
+    (tmp_path / "hf").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+      (tmp_path / "hf" / name).write_text("{}")
+    experts.named(config_lib.replace(known, **{"distill.experts": tuple(
+        f"{tmp_path / 'hf'}={file}" for file in files)}).distill, 0)
+  command = ["train", f"--config={tmp_path / 'e.py'}", f"--workdir={tmp_path / 'runs'}"]
+  for more, message in ((["--stage=forth"], "has the stages first, second, third"), (
+      ["--processes=2", "--process=0", "--coordinator=a:1"], "a stage at a time")):
+    assert cli.run(command + more) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_exam(tmp_path, monkeypatch):

@@ -277,3 +277,16 @@ def test_a_judge_is_trained_on_text(tokenizer):
     reward_model.check(config.replace(config.Config(), **{"runtime.shard_vocab": True}))
   with pytest.raises(ConfigError, match="reward.thought: a thought that is not learned"):
     config.Reward(thought=True)
+
+
+def test_sampled_pairs_are_of_their_settings(tokenizer, tmp_path):
+  """Oracle: the message: pairs that were drawn with other settings are not taken for these."""
+  cfg = config.replace(config.Config(), **{
+      "kind": "reward", "train.init": "runs/sft", "reward.problems": ("add:0:4",),
+      "reward.samples": 2})
+  (tmp_path / reward_model.SETTINGS).write_text(json.dumps(reward_model.sampling(cfg)))
+  preferences.write(tmp_path / reward_model.SAMPLED, made(2))
+  assert len(reward_model.gather(cfg, tokenizer, str(tmp_path), (), runs.Notes())) == 2
+  other = config.replace(cfg, **{"reward.samples": 3})
+  with pytest.raises(ConfigError, match="reward.samples=3, but the pairs in .* made with 2"):
+    reward_model.gather(other, tokenizer, str(tmp_path), (), runs.Notes())

@@ -123,7 +123,9 @@ def test_fine_tuning(first, tmp_path):
   assert rows[-1]["epoch"] == 1 and (whole / "tokenizer.json").read_text() == (
       first / "tokenizer.json").read_text()
   assert not kinds.run(config, str(again), ui=runs.Interrupt(2)).finished
-  assert kinds.run(config, str(again), ui=runs.Notes()).finished
+  late = kinds.run(config, str(again), ui=runs.Interrupt(result.step))  # all is learnt by then
+  assert late.finished and late.exit_code == 143 and not (again / "summary.json").exists()
+  assert kinds.run(config, str(again), ui=runs.Notes()).exit_code == 0
   runs.assert_same(whole, again)
 
 
@@ -139,3 +141,7 @@ def test_refusals(first, tmp_path):
     kinds.run(asked(first, **{"kind": "sft", "sft.files": ("nowhere/*.jsonl",)}), str(tmp_path))
   with pytest.raises(ConfigError, match="have room for .* outputs of up to"):
     kinds.run(grpo(first, **{"grpo.new_tokens": 60}), str(tmp_path), ui=runs.Notes())
+  with pytest.raises(ConfigError, match="kind='grpo' has no batch ramp"):
+    grpo(first, **{"data.batch_start": 8})
+  with pytest.raises(ConfigError, match="delayed scaling .*choose another recipe"):
+    grpo(first, **{"runtime.recipe": "per_tensor_delayed"})

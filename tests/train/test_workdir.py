@@ -150,3 +150,14 @@ def test_other_processes_see_the_same_folder_and_config(tmp_path, monkeypatch):
       with (pytest.raises(workdir.WorkdirError, match="process 1 does not see .* one folder, on a"),
             workdir.Workdir(str(path), mine, _Follower([mark, said[1]]))):
         pass
+
+
+def test_a_tokenizer_that_was_checked_stays(tmp_path):
+  """Law: runs that begin with a model have its tokenizer before the folder is theirs; correcting
+  the data does not take it away."""
+  tuned = config.replace(config.Config(), **{
+      "kind": "sft", "sft.problems": ("add:0:5",), "train.init": "runs/tiny"})
+  with workdir.Workdir(str(tmp_path), config.replace(tuned, **{"data.batch_size": 4})):
+    (tmp_path / "tokenizer.json").write_text("{}")
+  with workdir.Workdir(str(tmp_path), tuned):
+    assert (tmp_path / "tokenizer.json").exists()
