@@ -8,8 +8,9 @@ expert's words, or by its probabilities too.
 Parent:   experiments/posttrain_tiny.py
 Run:      dsv3 train --config=experiments/distill_tiny.py
 Arg:      workdir of the parent, where it is not runs/posttrain_tiny
-Cost:     COST
-Expected: EXPECTED
+Cost:     30 minutes on one CPU core beside other work
+Expected: stages.html; answers alone: 32 % of 200 held-out additions in 6 tokens each; words: 96 %
+          in 40 tokens. LOG.md has the run.
 """
 
 from collections.abc import Iterator
