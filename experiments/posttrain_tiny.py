@@ -9,8 +9,9 @@ that. After each stage the model answers held-out problems at temperature 1.
 Run:      dsv3 train --config=experiments/posttrain_tiny.py
 Arg:      shuffled   the control: GRPO with the rewards of each rollout in random order
 Cost:     40 minutes on one CPU core beside other work (the stages 14, 6, 6 and 12)
-Expected: runs/posttrain_tiny/stages.html; of 200 held-out additions 0 % are solved after pretraining,
-          52 % after fine-tuning, 82 to 88 % after GRPO (control: 14 to 38 %), 90 % after distillation
+Expected: runs/posttrain_tiny/stages.html; of 200 held-out additions 0 % are solved after
+          pretraining, 52 % after fine-tuning, 82 to 88 % after GRPO (control: 14 to 38 %), 90 %
+          after distillation
 """
 
 from collections.abc import Iterator

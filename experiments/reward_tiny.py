@@ -10,8 +10,8 @@ Arg:      score      a number, by Bradley-Terry (the default)
           thought    the number is read after a thought that works the sum anew
           judge      a thought and a verdict in words; shown the reference
 Cost:     score and corrupted about 3 minutes of one CPU core; thought and judge were not timed
-Expected: score ranks 76 % +- 5 of 72 held-out pairs and 84 % +- 3 of the test split's. It has learned
-          that worked answers are the right ones: where all are worked it ranks at chance (LOG.md)
+Expected: score ranks 76 % +- 5 of 72 held-out pairs and 84 % +- 3 of the test split's. It has
+          learned that worked answers are right: where all are worked it ranks at chance (LOG.md)
 """
 
 from dsv3_jax.config import Config, ConfigError, replace
