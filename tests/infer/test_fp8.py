@@ -92,8 +92,8 @@ def test_logits_under_the_recipe(monkeypatch):
   noise = metric(want, alone)
   assert noise > 1e-5
   assert metric(logits(CFG, FP8, tokens, True), want) < noise / 20
-  expand, bare = mla.MLA.expand, recipe_lib.resolve(ALONE, held=True)
-  monkeypatch.setattr(mla.MLA, "expand", lambda self, c, k, recipe: expand(self, c, k, bare))
+  expand, bare = mla.expand, recipe_lib.resolve(ALONE, held=True)
+  monkeypatch.setattr(mla, "expand", lambda w, latents, nope, _: expand(w, latents, nope, bare))
   want = whole(CFG, config.replace(FP8, head_chunk=7))(tokens)  # no setting that was traced before
   assert metric(logits(CFG, FP8, tokens, False), want) < noise / 20
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from dsv3_jax import config as config_lib
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import tokenizer as tokenizer_lib
 from dsv3_jax.posttrain import rewards
@@ -91,23 +90,17 @@ def test_grpo_goes_on_as_if_nothing_had_been(first, tmp_path, many):
 
 
 def test_drawing_ahead(first, tmp_path, many):
-  """Law: a rollout ahead is of the policy before: the second is what a policy that has not moved
-  draws, a third is not. Oracle of the rest: the uninterrupted run, bit for bit, where the
-  checkpoint waits for a rollout under way."""
+  """Law: a rollout ahead is of the policy before, so that ratios of the second step are not 1.
+  Oracle of the rest: the uninterrupted run, bit for bit, where the checkpoint waits for a rollout
+  under way."""
   config = grpo(first, **{"grpo.rollouts": 3, "grpo.ahead": True, "train.checkpoint_every": 100,
                           "optim.ema_decay": 0.9})
-  whole, again, still = tmp_path / "whole", tmp_path / "again", tmp_path / "still"
+  whole, again = tmp_path / "whole", tmp_path / "again"
   assert kinds.run(config, str(whole), ui=runs.Notes()).finished
   assert not kinds.run(config, str(again), ui=runs.Interrupt(1)).finished
   assert list(again.glob("rollout-*.npz"))
   assert kinds.run(config, str(again), ui=runs.Notes()).finished
   runs.assert_same(whole, again)
-  kinds.run(config_lib.replace(config, **{"grpo.ahead": False, "optim.lr": 1e-9, "optim.lr_final":
-                                          1e-9, "optim.lr_last": 1e-9}), str(still),
-            ui=runs.Notes())
-  rewards_of = lambda folder: [r["reward"] for r in steps(folder)]
-  assert rewards_of(whole)[:2] == rewards_of(still)[:2]
-  assert rewards_of(whole)[2] != rewards_of(still)[2]
   assert steps(whole)[0]["drift"] < 1e-6 < 1e-4 < steps(whole)[1]["drift"]
 
 
