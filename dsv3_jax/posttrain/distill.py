@@ -197,6 +197,8 @@ def _make(cfg: config.Config, folder: Path, plan: dict[str, Any], tokenizer: Tok
   d, seed = cfg.distill, cfg.data.seed
   asked = experts.named(d, seed)
   mixed = others() if d.share else []
+  if d.mode == "logits":
+    teachers.check(asked, cfg, tokenizer)
   folder.mkdir(exist_ok=True)
   for path in folder.glob(".*.tmp"):  # of a write that was killed
     path.unlink()

@@ -78,6 +78,20 @@ def _path(folder: Path, number: int) -> Path:
   return folder / f"logits-{number:05}.npz"
 
 
+def check(asked: Sequence[Expert], cfg: config.Config, tokenizer: Tokenizer) -> None:
+  """Raises ConfigError for experts whose probabilities are not of this run's tokens."""
+  for source in (expert.source for expert in asked):
+    if experts.version(source) < 0:
+      raise ConfigError(f"distill.mode='logits' needs runs as experts, and {source} is a Hugging "
+                        "Face folder; make one of it with dsv3 convert")
+    theirs = config.from_dict(checkpoint.load_meta(source)["config"]).model
+    own = Tokenizer.load(str(Path(source) / "tokenizer.json"), theirs.vocab_size)
+    if own.hash != tokenizer.hash or theirs.vocab_size != cfg.model.vocab_size:
+      raise ConfigError(f"distill.mode='logits': the expert {source} has another tokenizer or "
+                        "model.vocab_size than this run, so its probabilities are of other tokens; "
+                        "set mode='answers'")
+
+
 class _Teachers:
   """Experts' probabilities of conversations; one expert's weights are held at a time."""
 
@@ -99,16 +113,8 @@ class _Teachers:
     if number == self._current:
       return
     source, self._weights = self._asked[number].source, None
-    if experts.version(source) < 0:
-      raise ConfigError(f"distill.mode='logits' needs runs as experts, and {source} is a Hugging "
-                        "Face folder; make one of it with dsv3 convert")
     params, buffers, meta = checkpoint.load_params(source)
     theirs = config.from_dict(meta["config"]).model
-    own = Tokenizer.load(str(Path(source) / "tokenizer.json"), theirs.vocab_size)
-    if own.hash != self._tokenizer.hash or theirs.vocab_size != self._cfg.model.vocab_size:
-      raise ConfigError(f"distill.mode='logits': the expert {source} has another tokenizer or "
-                        "model.vocab_size than this run, so its probabilities are of other tokens; "
-                        "set mode='answers'")
     self._run = soft.teacher(theirs, self._cfg.runtime, self._cfg.distill.top)
     self._weights, self._current = (params, buffers), number
 

@@ -14,6 +14,7 @@ from flax import nnx
 from dsv3_jax import config
 from dsv3_jax.cli import configs
 from dsv3_jax.config import ConfigError
+from dsv3_jax.data import tokenizer as tokenizer_lib
 from dsv3_jax.model import loss as loss_lib
 from dsv3_jax.posttrain import distill, experts, messages, rejection, rewards, soft, tasks, teachers
 from dsv3_jax.posttrain import run as kinds
@@ -396,3 +397,14 @@ def test_nothing_to_learn(start, tmp_path, monkeypatch, half):
   monkeypatch.setattr(rewards, "score", lambda problems, answers: [Score(0.0)] * len(answers))
   with pytest.raises(ConfigError, match="no answer of distill.experts passed .*'wrong': "):
     kinds.run(configured(start), str(tmp_path), ui=runs.Notes())
+
+
+def test_whose_probabilities_are_of_other_tokens(start, tmp_path):
+  """Oracle: the messages, before any answer is drawn."""
+  cfg, other = configured(start), tokenizer_lib.train(["other text " * 99], test_run.VOCABULARY)
+  with pytest.raises(ConfigError, match="another tokenizer"):
+    teachers.check([experts.Expert(str(start), ())], cfg, other)
+  for name in ("config.json", "tokenizer.json"):
+    (tmp_path / name).write_text("{}")
+  with pytest.raises(ConfigError, match="needs runs as experts"):
+    teachers.check([experts.Expert(str(tmp_path), ())], cfg, other)
